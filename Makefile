@@ -76,7 +76,7 @@ rules: .venv/.dev
 site: .venv/.dev
 	@$(BIN)/python .ci/build_site.py
 
-mutations: .venv/.dev ## make the mistakes of tests/mutations.yaml one at a time: every one must fail a test
+mutations: .venv/.dev ## change the code as tests/mutations.yaml says, one mistake at a time: each must fail a test
 	@$(BIN)/python .ci/mutations.py $(ARGS)
 
 lowest: .venv/.dev ## run the tests of the core with its oldest allowed dependencies; TORCH=1 includes torch

@@ -1,4 +1,4 @@
-"""Build the site from docs/ into build/site, and make sure that it reads without a network."""
+"""Build the site from docs/ into build/site, and check that its pages load nothing from other hosts."""
 
 import re
 import shutil
@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SITE = ROOT / "build" / "site"
-# What a browser loads by itself; links that a reader follows may lead anywhere.
+# Resources that a browser loads without a click. Links may lead anywhere.
 LOADED = re.compile(
     r"""<(?:script|img|iframe|source|video|audio|embed)\b[^>]*?\bsrc=["'](?:https?:)?//[^"']*"""
     r"""|<link\b(?![^>]*\brel=["']canonical)[^>]*?\bhref=["'](?:https?:)?//[^"']*"""
@@ -18,7 +18,7 @@ LOADED_BY_STYLE = re.compile(r"""(?:url\(\s*["']?|@import\s+["'])(?:https?:)?//[
 
 def main() -> int:
     """Return the exit status: Sphinx's own, or 1 if a page loads something from elsewhere."""
-    shutil.rmtree(SITE, ignore_errors=True)  # pages that were removed would stay
+    shutil.rmtree(SITE, ignore_errors=True)  # removed pages would remain
     command = [sys.executable, "-m", "sphinx", "-b", "html", "-q", "-E", "-W", "--keep-going"]
     status = subprocess.run([*command, "-d", "build/doctrees", "docs", "build/site"], cwd=ROOT).returncode
     if status:

@@ -1,4 +1,4 @@
-"""Type check sma and the benchmarks, and make sure that no file was left out or seen under two names."""
+"""Type check sma and the benchmarks, and check that mypy saw every file exactly once."""
 
 import re
 import subprocess
@@ -9,9 +9,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> int:
-    """Return the exit status: mypy's own, or 1 when it saw another number of files than there are."""
+    """Return the exit status: that of mypy, or 1 if it checked a different number of files than exist."""
     expected = sum(len(list((ROOT / folder).rglob("*.py"))) for folder in ("modules", "recipes", "tune", "benchmarks"))
-    # Links are left out here: what they lead to was counted above.
+    # Symbolic links are excluded: their targets were counted above.
     links = {path for path in (ROOT / "sma").iterdir() if path.is_symlink()}
     expected += sum(not links & set(path.parents) for path in (ROOT / "sma").rglob("*.py"))
 

@@ -32,7 +32,7 @@ def main() -> int:
     done = subprocess.run([*pip, "--target", str(FOLDER), *chosen])
     if done.returncode:
         return done.returncode
-    # The folder comes before the packages of the environment.
+    # The folder precedes the packages of the environment.
     environment = {**os.environ, "PYTHONPATH": f"{FOLDER}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
     words = sys.argv[1:] or ["-n", "2", "-m", "not slow", *TESTS]
     return subprocess.run([sys.executable, "-m", "pytest", *words], cwd=ROOT, env=environment).returncode

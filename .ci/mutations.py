@@ -1,4 +1,4 @@
-"""Make the mistakes of tests/mutations.yaml one at a time, and report those that no test notices."""
+"""Apply the mutations of tests/mutations.yaml one at a time, and report those that no test detects."""
 
 import argparse
 import importlib
@@ -18,28 +18,28 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 LIST = ROOT / "tests" / "mutations.yaml"
-# Libraries that take long to import. Each try is a fork of this process, which has them; nothing of ours is imported.
+# Libraries that take long to import. Each mutation runs in a fork of this process, which imports them, but never sma.
 HEAVY = ("torch", "torch._dynamo", "triton", "hypothesis", "lightning", "torchmetrics", "ray.tune", "optuna")
 
 
 class Tried(NamedTuple):
-    """Exit status of pytest, and what it printed."""
+    """Exit status and output of pytest."""
 
     status: int
     output: str
 
     @property
     def first(self) -> str:
-        """The first test that failed."""
+        """The name of the first failed test."""
         lines = [line for line in self.output.splitlines() if line.startswith(("FAILED ", "ERROR "))]
         return lines[0].split(" - ")[0] if lines else "no test is named"
 
 
 def load() -> list[dict[str, Any]]:
-    """The mutations.
+    """Load the mutations.
 
     Raises:
-        ValueError: a text does not stand once in its file.
+        ValueError: a text does not occur exactly once in its file.
     """
     mutations: list[dict[str, Any]] = yaml.safe_load(LIST.read_text(encoding="utf-8"))
     for mutation in mutations:
@@ -53,18 +53,16 @@ def load() -> list[dict[str, Any]]:
 
 
 def copy_repository(folder: Path) -> None:
-    """Copy the files that git knows, as they are now."""
+    """Copy the tracked files of the working tree."""
     names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True).stdout.decode()
     for name in filter(None, names.split("\0")):
-        if os.path.lexists(ROOT / name):  # it may be removed, and not yet in a commit
+        if os.path.lexists(ROOT / name):  # it may be removed without a commit
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name, follow_symlinks=False)
 
 
 def run_tests(folder: Path, tests: Sequence[str], log: Path) -> Tried:
-    """Run the fast ones of some tests of a copy, and the slow ones too if a whole file is slow, up to the first that
-    fails.
-    """
+    """Run tests of a copy until one fails: the fast ones, and also the slow ones if a whole file is slow."""
     options = ["-q", "-x", "--tb=short", "-n", "0", "-p", "no:cacheprovider"]
     if not any("\npytestmark = pytest.mark.slow" in (folder / test.split("::")[0]).read_text() for test in tests):
         options += ["-m", "not slow"]
@@ -74,7 +72,7 @@ def run_tests(folder: Path, tests: Sequence[str], log: Path) -> Tried:
         status = 3
         with suppress(BaseException), log.open("w", encoding="utf-8") as file:
             os.chdir(folder)
-            # The copy comes first, also where the package is installed from a checkout.
+            # The copy must be first, and the checkout from which the package may be installed is removed.
             sys.path[:] = [str(folder), *(each for each in sys.path if Path(each) not in (ROOT, ROOT / ".ci"))]
             os.environ["PYTHONPATH"] = str(folder)
             with redirect_stdout(file), redirect_stderr(io.StringIO()):
@@ -85,7 +83,7 @@ def run_tests(folder: Path, tests: Sequence[str], log: Path) -> Tried:
 
 
 def try_one(mutation: dict[str, Any], folder: Path, log: Path) -> Tried:
-    """Make one mistake, run its tests, and undo it."""
+    """Apply one mutation, run its tests, and undo it."""
     path = folder / mutation["file"]
     text = path.read_text(encoding="utf-8")
     path.write_text(text.replace(mutation["before"], mutation["after"]), encoding="utf-8")
@@ -96,7 +94,7 @@ def try_one(mutation: dict[str, Any], folder: Path, log: Path) -> Tried:
 
 
 def main() -> int:
-    """Return the exit status: 0 if every mistake is noticed."""
+    """Return the exit status: 0 if the tests detect every mutation."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("words", nargs="*", help="only mutations with one of these words in their name or file")
     parser.add_argument("--trust", action="store_true", help="do not run the tests without a mistake first")

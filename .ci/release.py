@@ -32,7 +32,7 @@ def run(*command: str | Path, cwd: Path = ROOT) -> str:
     """Run a command without the checkout on its path; returns its output.
 
     Raises:
-        Failed: it ends with another status than 0.
+        Failed: its exit status is not 0.
     """
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     done = subprocess.run([*map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True)
@@ -42,10 +42,10 @@ def run(*command: str | Path, cwd: Path = ROOT) -> str:
 
 
 def check_version() -> str:
-    """The version, which stands in pyproject.toml alone.
+    """The version, which only pyproject.toml defines.
 
     Raises:
-        Failed: it is that of a development, or CHANGELOG.md has no dated section of it below `Unreleased`.
+        Failed: it is a development version, or CHANGELOG.md has no dated section for it below `Unreleased`.
     """
     version: str = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
     if not re.fullmatch(r"\d+\.\d+\.\d+(rc\d+)?", version):
@@ -96,7 +96,7 @@ def try_wheel(wheel: Path, version: str, extras: str, commands: Sequence[Sequenc
     """Install the wheel with extras in a fresh environment, and run README's example and commands there.
 
     Raises:
-        Failed: something fails, or prints something else.
+        Failed: a command fails, or its output differs.
     """
     run(sys.executable, "-m", "venv", folder / "venv")
     binaries = folder / "venv" / "bin"

@@ -1,4 +1,4 @@
-"""Run the notebooks of docs/notebooks, each in a fresh kernel, and write what they print and draw into them."""
+"""Run the notebooks of docs/notebooks, each in a fresh kernel, and write their outputs into them."""
 
 import os
 import sys
@@ -19,14 +19,14 @@ def run(path: Path, folder: Path, *more: str) -> Any:
     Args:
         path: the notebook.
         folder: an empty folder, the kernel's working directory.
-        more: code of further cells, to be run after those of the notebook.
+        more: code of further cells, which run after those of the notebook.
 
     Raises:
         nbclient.exceptions.CellExecutionError: a cell raised an exception.
     """
     notebook = nbformat.read(path, as_version=4)
     notebook.cells += [nbformat.v4.new_code_cell(code) for code in more]
-    # This checkout, and none of the user's settings.
+    # The kernel imports this checkout and ignores the settings of the user.
     settings = {"IPYTHONDIR": str(folder / ".ipython"), "PYTHONPATH": str(ROOT)}
     client = NotebookClient(
         notebook,
@@ -40,7 +40,7 @@ def run(path: Path, folder: Path, *more: str) -> Any:
 
 
 def main(names: list[str]) -> None:
-    """Run the notebooks with these names; without a name, all."""
+    """Run the notebooks with these names; all if there are none."""
     for path in [path for path in NOTEBOOKS if path.stem in names or not names]:
         with tempfile.TemporaryDirectory() as folder:
             notebook = run(path, Path(folder))

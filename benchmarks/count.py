@@ -77,12 +77,12 @@ class Counter(TorchDispatchMode):
     """Records every operator that runs inside it, and returns values for synchronisations of tensors without values.
 
     Args:
-        active: number of active tokens of the batch, the answer to `nonzero`, and the sum of numbers that are copied.
-        longest: the largest number of active tokens of a row, the answer to all other questions.
+        active: number of active tokens of the batch: the rows of a result of `nonzero`, and the sum of copied numbers.
+        longest: the largest number of active tokens of a row: the value returned at all other synchronisations.
 
     Attributes:
         calls: the operators, in order.
-        questions: the place of every question to the host.
+        questions: the file that caused each synchronisation with the host.
     """
 
     def __init__(self, active: int = 0, longest: int = 0) -> None:

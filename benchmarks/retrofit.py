@@ -47,7 +47,7 @@ class Plan:
     """Sizes of the model and numbers of updates.
 
     Attributes:
-        width, hidden, layers, heads: of the model.
+        width, hidden, layers, heads: sizes of the model.
         context: bytes of a row.
         rows: rows of a batch.
         dense: updates of the dense model from its initial weights.
@@ -119,7 +119,7 @@ def loss_of(model: nn.Module, rows: Tensor, reduction: str = "mean") -> Tensor:
 def train(
     model: nn.Module, data: Iterable[Tensor], rates: dict[str, float], count: int, controller: BudgetController | None
 ) -> None:
-    """Update what is trained, with AdamW and a learning rate that rises for a tenth of the updates and then falls to 0.
+    """Train by AdamW with a learning rate that rises for a tenth of the updates and then falls to 0.
 
     Args:
         model: the model.
@@ -186,7 +186,7 @@ class Points:
 
     Args:
         folder: the folder; None keeps nothing.
-        plan: with which other points are not mixed.
+        plan: sizes of the run; a folder with points of another plan is an error.
     """
 
     def __init__(self, folder: Path | None, plan: Plan) -> None:
@@ -308,7 +308,7 @@ def main() -> None:
         if todo:
             weights = dense_weights(plan, corpus, seed, options.out)
         for variant, rate in todo:
-            # What an interrupted run measured of it is measured again.
+            # Points that an interrupted run has measured for this variant are measured again.
             points.found = [p for p in points.found if (p["seed"], p["variant"], p["rate"]) != (seed, variant, rate)]
             measure(variant, rate, seed, plan, corpus, weights, points)
     print(json.dumps(points.found, indent=1) if options.json else table(points.found))

@@ -3,7 +3,7 @@
     python -m benchmarks.stream --json
 
 - seqboat: a language model with a state: 4 layers of width 128, a causal EMA (N 16) and a routed gated attention unit
-  (Z 64, H 256, window 128, softmax, rotary). The router's bias gives every layer the asked rate on random tokens.
+  (Z 64, H 256, window 128, softmax, rotary). The router's bias gives every layer the requested rate on random tokens.
 - recompute: the same model without states: every token computes the last 2,048 again, so later positions all cost the
   same.
 - kv_cache_transformer: a pre-norm transformer of the same width and depth, 4 heads, feed-forward 4 x, preallocated keys
@@ -12,13 +12,13 @@
   Positions whose caches hold more than 200,000 tokens of the batch (cuda: 4,000,000) are not measured.
 
 microseconds_per_token is the median time of one step of the whole batch divided by the batch size. seqboat takes every
-requested step, the others as many as fit into 10 seconds, at least 5. The steps of a mark start from the state at that
-mark. The marks alternate, so that other load on the machine affects all of them. At rate 0.1 and batch 1 most steps
-activate no token in most layers; the mean is the cost per token of a long stream. peak_megabytes is the peak of the
-process when the mark was reached and one step was taken: resident memory, on cuda allocated memory. Every model, batch
-and rate (kv_cache_transformer: also position) runs in a separate process. prefill_tokens_per_second is the speed in
-chunks with a state, forward_tokens_per_second that of one stateless call on the same tokens, 65,536 of the batch but at
-most 16,384 a row.
+requested step, the others as many as fit into 10 seconds, at least 5. The steps at a position start from its state. The
+positions alternate, so that other load on the machine affects all of them. At rate 0.1 and batch 1 most steps activate
+no token in most layers; the mean is the cost per token of a long stream. peak_megabytes is the peak memory of the
+process after one step at the position: resident memory, on cuda allocated memory. Every model, batch and rate
+(kv_cache_transformer: also position) runs in a separate process. prefill_tokens_per_second is the speed in chunks with
+a state, forward_tokens_per_second that of one stateless call on the same tokens, 65,536 of the batch but at most 16,384
+a row.
 """
 
 import argparse
@@ -67,9 +67,7 @@ REACH = {"cpu": 200_000, "cuda": 4_000_000}
 
 
 class Marks:
-    """Makes the steps at every mark, of a model that has seen that many tokens, and takes one of them for the peak
-    memory.
-    """
+    """Makes the steps at every position, and takes one of them to measure the peak memory."""
 
     def __init__(self, options: argparse.Namespace, batch: int, rate: float) -> None:
         self.device, self.batch, self.positions, self.steps = (
@@ -94,7 +92,7 @@ class Marks:
         return torch.randint(VOCABULARY, (self.batch, length), device=self.device)
 
     def seqboat(self) -> Iterator[tuple[Step, int]]:
-        """Advance in chunks; the steps continue from a copy of the state, in memory allocated before the first mark."""
+        """Advance in chunks. The steps continue from a copy of the state, in memory that is allocated first."""
         chunk = max(1, min(1000, SMALL // self.batch, *self.positions))
         state = self.model.init_state(self.batch)
         kept = [map_tensors(torch.clone, state) for _ in self.positions]
@@ -179,8 +177,9 @@ def take_turns(
 
 
 def give_back_memory() -> None:
-    """Return what the C library's allocator holds free to the system, where it can: the peak then is what the stream
-    needs at once.
+    """Return the free memory of the C library's allocator to the system, where supported.
+
+    The peak memory is then the memory that the stream needs at once.
     """
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
         trim(0)
@@ -195,7 +194,7 @@ def peak_megabytes(device: str) -> float:
 
 @torch.inference_mode()
 def measure(model: str, batch: int, rate: float, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measure one model at all marks in this process."""
+    """Measure one model at all positions in this process."""
     torch.manual_seed(0)
     marks = Marks(options, batch, rate)
     steps: list[Step] = []

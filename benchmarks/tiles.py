@@ -4,9 +4,9 @@
     python -m benchmarks.tiles --out FILE --table
 
 The inputs are those of `python -m benchmarks.gpu`: layers of Text, enwik8, Image and Path-X on random active tokens.
-Candidates are compiled in parallel processes first. Every one is appended to FILE as soon as it is timed; the table has
-the fastest first, and marks the present choice. A candidate that gives other results, spills or does not fit is no
-candidate. With `--device cpu` sizes are toys and kernels are interpreted, to test this program.
+Candidates are first compiled in parallel processes. Each is appended to FILE as soon as it is timed. The table has the
+fastest first, and marks the present choice. A candidate is rejected if it changes results, spills registers or does not
+fit. With `--device cpu` the sizes are small and kernels are interpreted, to test this program.
 """
 
 import argparse
@@ -39,7 +39,7 @@ GROUPS = [
     for shape in shapes
 ]
 DTYPES = {"tf32": torch.float32, "bf16": torch.bfloat16}
-# The result of each kernel among those of a run, and how often a pair goes through a product of Z and of H channels.
+# For each kernel: the index of its result among those of a run, and its products of Z and of H channels per pair.
 KERNELS = {"attend": (0, 1, 1), "grad_queries": (1, 2, 1), "grad_keys": (2, 2, 1), "grad_values": (3, 1, 1)}
 # Maximum difference by rounding between the results of two tilings; a larger one is an error.
 TOLERANCES = {"tf32": 2e-3, "bf16": 2e-2}
@@ -56,7 +56,7 @@ SLICED = [
 
 
 class Task(NamedTuple):
-    """A kernel at a shape with tile sizes; None: the defaults."""
+    """A kernel at a shape with tile sizes; None for the defaults."""
 
     shape: str
     dtype: str

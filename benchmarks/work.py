@@ -125,11 +125,11 @@ def _nonzero(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Work:
 
 
 def fused_pass(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Work:
-    """An estimate of what a compiler makes of a function of `sma.fused`.
+    """Estimated work of a compiled function of `sma.fused`.
 
-    One kernel per size of the results that have a row for each row of the largest tensor; a number per row costs none
-    of its own. Results that are sums over rows take two more kernels, for parts and their sum, and a second pass over
-    the arguments.
+    Results with a row for each row of the largest tensor take one kernel per size; results of one number per row take
+    no extra kernel. Results that are sums over rows take two more kernels, for partial sums and their sum, and a second
+    pass over the arguments.
     """
     results = [each for each in tree_leaves(out) if isinstance(each, Tensor) and each.numel()]
     tensors = results + [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]

@@ -104,7 +104,7 @@ class Cache(State):
         frame = Ragged(
             values=tokens.values.new_empty(old.shape[0] + new.shape[0], 0),
             index=torch.arange(old.shape[0] + new.shape[0], device=old.device),
-            positions=torch.cat([old, new]),  # without meaning: a kind that holds positions fills in real ones
+            positions=torch.cat([old, new]),  # placeholders; a kind that caches positions fills them in
             rows=_lay(old, row, new, tokens.rows),
             offsets=offsets,
             lengths=lengths,

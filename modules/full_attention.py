@@ -14,7 +14,8 @@ from sma.kernels.weighting import Weighting, weigh
 from sma.modules.sliding_window import Bias
 from sma.ragged import Ragged, lay_padded
 
-# Queries of a slice, C. Its scores stay in a CPU's cache; a whole row of 4,096 took four times the memory, and longer.
+# Queries of a slice, C. The scores of a slice fit into the cache of a CPU. A whole row of 4,096 at once took four times
+# the memory and more time.
 SLICE = 512
 
 

@@ -284,7 +284,7 @@ class ChunkedGAU(SubModule):
         last = torch.div(seen + tokens.lengths - 1, size, rounding_mode="floor") - first
         turn = torch.div(seen[tokens.rows] + tokens.slots, size, rounding_mode="floor") - first[tokens.rows]
         begins, ends = turn == 0, (turn > 0) & (turn == last[tokens.rows])
-        # A row resets the state of a full chunk with its next token, and not earlier; whole chunks need no state.
+        # The state of a full chunk is reset only by the next token of its row. Whole chunks need no state.
         steps = ((begins, seen % size == 0), (~(begins | ends), None), (ends, torch.ones_like(seen, dtype=torch.bool)))
         inner, found = state.unit, []
         for chosen, reset in steps:
@@ -305,7 +305,7 @@ class ChunkedGAU(SubModule):
 
 
 def _select(tokens: Ragged, indices: Int[Tensor, "P"]) -> Ragged:
-    """Some of packed tokens, in their order, as packed tokens of the same rows."""
+    """Select packed tokens, in order, as packed tokens of the same rows."""
     values, index, positions, rows = (
         part.index_select(0, indices) for part in (tokens.values, tokens.index, tokens.positions, tokens.rows)
     )

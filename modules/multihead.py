@@ -1,4 +1,4 @@
-"""The base of the multi-head attentions: fields, projections, streams, and products that confine a NaN."""
+"""Base class of the multi-head attentions: fields, projections, streams, and products that confine a NaN."""
 
 from typing import Self
 

@@ -25,7 +25,7 @@ class ChunkWeights(NamedTuple):
 
 
 class LinearRecurrence(Protocol):
-    """A recurrence with constant decay, as a scan uses it."""
+    """Interface of a recurrence with constant decay that a scan runs."""
 
     @property
     def outward(self) -> Tensor:

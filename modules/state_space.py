@@ -1,4 +1,4 @@
-"""Linear state-space models: what all recurrences that run along rows have in common."""
+"""Base class of the linear state-space models: recurrences along rows."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple

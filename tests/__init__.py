@@ -1,1 +1,1 @@
-"""Tests of everything in this repository; a package, so that they can share their oracles."""
+"""Tests of the whole repository. It is a package, so that test files can import shared helpers."""

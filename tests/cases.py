@@ -1,4 +1,4 @@
-"""Inputs for the tests: masks of every shape, batches that are padded on any side, and what stands in the padding."""
+"""Inputs for the tests: masks of many shapes, batches padded on any side, and modules with random parameters."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sma.decision import Decision
 from sma.routers import SMARouter
 
-# Where the padding of a row stands: `place(padding, real)` says which of padding + real places hold tokens.
+# Location of the padding in a row: a function of the numbers of padded and real positions returns the real positions.
 SIDES: dict[str, Callable[[int, int], list[int]]] = {
     "right": lambda padding, real: list(range(real)),
     "left": lambda padding, real: list(range(padding, padding + real)),
@@ -22,7 +22,7 @@ sides = pytest.mark.parametrize("side", [pytest.param(name, id=name) for name in
 
 @st.composite
 def masks(draw: st.DrawFn, rows: int = 4, length: int = 9) -> Tensor:
-    """`(B, L)` masks: of no row, of no place, all False, all True, or mixed."""
+    """`(B, L)` masks: B or L may be 0; all False, all True, or mixed."""
     shape = draw(st.integers(0, rows)), draw(st.integers(0, length))
     return torch.rand(shape, generator=generator(draw(st.integers(0, 999)))) < draw(
         st.sampled_from([0.0, 0.2, 0.5, 0.8, 1.0])
@@ -30,25 +30,23 @@ def masks(draw: st.DrawFn, rows: int = 4, length: int = 9) -> Tensor:
 
 
 def generator(seed: int) -> torch.Generator:
-    """A source of random numbers of its own."""
+    """A random number generator, independent of the global one."""
     return torch.Generator().manual_seed(seed)
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Numbers from a normal distribution that do not depend on any other draw."""
+    """Normally distributed numbers, which depend only on the seed and not on earlier draws."""
     return torch.randn(shape, generator=generator(seed), dtype=dtype)
 
 
 def strided(x: Tensor) -> list[Tensor]:
-    """The same numbers in other places of the memory: with gaps between them, and with the first two axes swapped."""
+    """Copies of a tensor with other strides: with gaps between the elements, and with the first two axes swapped."""
     gaps = x.new_zeros([2 * size for size in x.shape])[tuple(slice(None, None, 2) for _ in x.shape)]
     return [gaps.copy_(x), *([x.transpose(0, 1).contiguous().transpose(0, 1)] if x.ndim > 1 else [])]
 
 
 def pad(rows: Sequence[Tensor], side: str, *, extra: int = 2, fill: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Stack rows `(L_b, ...)` of different lengths into a batch with at least `extra` places of padding, and its
-    mask.
-    """
+    """Stack rows `(L_b, ...)`, each padded by at least `extra` positions; returns the batch and its mask."""
     length = max((row.shape[0] for row in rows), default=0) + extra
     batch = torch.full((len(rows), length, *rows[0].shape[1:]), fill, dtype=rows[0].dtype)
     valid = torch.zeros(len(rows), length, dtype=torch.bool)
@@ -60,7 +58,7 @@ def pad(rows: Sequence[Tensor], side: str, *, extra: int = 2, fill: float = 0.0)
 
 
 def gradients(output: Tensor, inputs: Iterable[Tensor], seed: int = 7) -> list[Tensor]:
-    """Gradients of a random projection of the output; an input without one is an error."""
+    """Gradients of a random projection of the output; raises if an input has no gradient."""
     return list(
         torch.autograd.grad(
             (output * normal(*output.shape, seed=seed, dtype=output.dtype)).sum(), list(inputs), retain_graph=True
@@ -69,7 +67,7 @@ def gradients(output: Tensor, inputs: Iterable[Tensor], seed: int = 7) -> list[T
 
 
 def spread(module: nn.Module, scale: float = 0.7, seed: int = 3) -> nn.Module:
-    """Draw every parameter from a normal distribution: at the default initialisation many wrong formulas pass."""
+    """Draw every parameter from a normal distribution: many wrong formulas pass with the default initialisation."""
     source = generator(seed)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -79,7 +77,7 @@ def spread(module: nn.Module, scale: float = 0.7, seed: int = 3) -> nn.Module:
 
 @torch.no_grad()
 def balance(router: SMARouter, decision: Decision) -> None:
-    """Move the biases of a router so that half of the tokens it just decided on become active in each sub-module."""
+    """Shift the biases of a router so that half of the tokens of its last decision become active in each sub-module."""
     margins = (decision.logits[..., 1] - decision.logits[..., 0]).flatten(0, 1).sort(0).values
     middle = len(margins) // 2
     router.bias[1::2] -= (margins[middle] + margins[middle - 1]) / 2

@@ -1,4 +1,4 @@
-"""What all tests share: checked shapes, seeds, profiles of hypothesis, and what needs a GPU."""
+"""Set-up of all tests: shape checks, seeds, profiles of hypothesis, time limits, and skipped GPU tests."""
 
 import gc
 import logging
@@ -21,13 +21,14 @@ import tests.shapes
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# A search for garbage looks at many objects, and those of thousands of collected tests stay alive; see below.
+# A garbage collection visits all objects, also those of thousands of collected tests, which
+# `pytest_collection_finish` freezes.
 gc.set_threshold(50_000, 20, 100)
 
 if "sma" in sys.modules:
     raise RuntimeError("sma was imported before its shape annotations could be checked; import it in test files only")
-# Not the recipes: their generators call small functions millions of times, and what they do with tensors is done by the
-# rest. Not the device programs: Triton compiles their source.
+# The recipes are not checked: their generators call small functions millions of times, and their tensor operations are
+# calls of the core. The device programs are not checked: Triton compiles their source.
 _CHECKED = [
     f"{package}.{part.name}"
     for package in ("sma", "sma.kernels")
@@ -38,7 +39,7 @@ tests.shapes.install(_CHECKED)
 
 tests.interpreter.install()
 
-# The same examples in every run; `--hypothesis-profile=explore` looks for new ones.
+# Every run has the same examples; `--hypothesis-profile=explore` draws new ones.
 _ALL = hypothesis.settings(
     deadline=None,
     suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
@@ -49,20 +50,19 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 torch.set_num_threads(1)
 
-# `torch.manual_seed` keeps the traceback of each call for every kind of device that may be used later.
+# For an unavailable device, `torch.manual_seed` stores each call with its traceback until the device is initialised.
 for _device in (torch.cuda, torch.xpu, torch.mtia):
     if not _device.is_available():
         _device.manual_seed_all = lambda seed: None  # type: ignore[assignment]
 
-# In the background of a script a shell has the tests ignore Ctrl-C, and what they start would inherit that. The main
-# process comes here before it starts workers.
+# A shell starts background jobs with SIGINT ignored, and all child processes inherit this. The main process runs this
+# line before it starts workers.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # The shape checker looks at random items of lists, inside strategies that build specs too; nothing depends on
-    # which.
+    # beartype checks a random item of a list, also in strategies that build specs. No result depends on the choice.
     config.addinivalue_line(
         "filterwarnings", "ignore:Do not use the `random` module:hypothesis.errors.HypothesisDeprecationWarning"
     )
@@ -75,7 +75,7 @@ def _same_draws() -> None:
 
 @pytest.fixture
 def as_users_run() -> Iterator[None]:
-    """Switch the shape checker off: users have none, so the sentences about wrong input must be our own."""
+    """Disable the shape checker, which users do not have, so that the package itself must raise for wrong input."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
@@ -83,8 +83,8 @@ def as_users_run() -> Iterator[None]:
 
 @pytest.fixture
 def shipped_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The registry as users find it: without what recipes and test files, imported by the same process, have added."""
-    import sma.spec  # not above: the import hook comes first
+    """Restrict the registry to the kinds of the plugins; recipes and test files in this process register more."""
+    import sma.spec  # here, because the import hook must be installed first
 
     plugins = {entry.module for entry in entry_points(group=sma.spec.PLUGINS)}
     own = {
@@ -95,14 +95,14 @@ def shipped_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give slow tests time: seconds on a free machine are minutes on one with much else to do."""
+    """Raise the time limit of slow tests, because a busy machine needs minutes instead of seconds."""
     for item in items:
         if item.get_closest_marker("slow") is not None and item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(1200))
 
 
 def pytest_collection_finish() -> None:
-    # pytest listens to each logger that does not pass its records on, three times in every test; torch has fifty.
+    # pytest attaches handlers to each logger that does not propagate, three times in every test; torch has fifty.
     for name, logger in logging.root.manager.loggerDict.items():
         if name.startswith("torch") and isinstance(logger, logging.Logger):
             logger.propagate = True

@@ -1,4 +1,4 @@
-"""Counts of matrix products, also of those inside the operators of this project."""
+"""A counter of matrix products, including those inside the operators of this project."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from sma.kernels.operator import RUNS
 
 
 class _Inside(TorchDispatchMode):
-    """Runs operators of this project as the PyTorch operators that they consist of."""
+    """Replaces operators of this project by the PyTorch operators that they consist of."""
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -22,6 +22,6 @@ class _Inside(TorchDispatchMode):
 
 @contextmanager
 def counted_products() -> Iterator[FlopCounterMode]:
-    """Count; of scaled_dot_product_attention, only the plain form is counted on a CPU, and so taken."""
+    """Count the products in the block. Attention runs by the math backend, the only one that is counted on a CPU."""
     with FlopCounterMode(display=False) as counter, _Inside(), sdpa_kernel(SDPBackend.MATH):
         yield counter

@@ -1,4 +1,4 @@
-"""Programs in forks of a process that has already imported what takes seconds: torch, lightning, sma."""
+"""Programs in forks of a process that has already imported torch, lightning or sma, which takes seconds."""
 
 import atexit
 import json
@@ -10,12 +10,13 @@ import time
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# A child leaves the loop and runs its module as `python -m` would, up to the end of its interpreter.
-_SERVE = """
+# The server forks a child per request. The child leaves the loop of `serve` and runs its module as `python -m` would,
+# until its interpreter exits.
+_SERVER = """
 import importlib, json, os, runpy, sys
 
 _before = dict(os.environ)
@@ -25,31 +26,45 @@ _changed = {name: value for name, value in os.environ.items() if _before.get(nam
 
 def serve():
     for line in sys.stdin:
-        asked = json.loads(line)
-        if "pid" in asked:
-            pid, status = os.waitpid(asked["pid"], os.WNOHANG)
-            answer = os.waitstatus_to_exitcode(status) if pid else None
-        elif not (answer := os.fork()):
-            return asked
-        print(json.dumps([asked["number"], answer]), flush=True)
+        request = json.loads(line)
+        if "pid" in request:
+            pid, status = os.waitpid(request["pid"], os.WNOHANG)
+            response = os.waitstatus_to_exitcode(status) if pid else None
+        elif not (response := os.fork()):
+            return request
+        print(json.dumps([request["number"], response]), flush=True)
 
-_asked = serve()
-if _asked is not None:
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in _request["blocked"]:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+_request = serve()
+if _request is not None:
     os.environ.clear()
-    os.environ.update({**_asked["environment"], **_changed})
-    os.chdir(_asked["cwd"])
-    for _stream, _name in enumerate((os.devnull, _asked["stdout"], _asked["stderr"])):
+    os.environ.update({**_request["environment"], **_changed})
+    os.chdir(_request["cwd"])
+    for _stream, _name in enumerate((os.devnull, _request["stdout"], _request["stderr"])):
         _file = os.open(_name, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         os.dup2(_file, _stream)
         os.close(_file)
-    sys.path[0] = _asked["cwd"]
-    sys.argv = ["-m", *_asked["words"]]
-    runpy.run_module(_asked["module"], run_name="__main__", alter_sys=True)
+    sys.path[0] = _request["cwd"]
+    sys.meta_path.insert(0, Blocker())
+    sys.argv = ["-m", *_request["arguments"]]
+    runpy.run_module(_request["module"], run_name="__main__", alter_sys=True)
 """
 
 
+class Completed(NamedTuple):
+    """Exit status and output of a program, as in `subprocess.CompletedProcess`."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
 class Fork:
-    """A running program, with what `subprocess.Popen` has of it."""
+    """A running program, with some methods of `subprocess.Popen`."""
 
     def __init__(self, server: "_Server", pid: int) -> None:
         self._server, self.pid = server, pid
@@ -57,7 +72,7 @@ class Fork:
 
     def poll(self) -> int | None:
         if self.returncode is None:
-            self.returncode = self._server.ask({"pid": self.pid})
+            self.returncode = self._server.request({"pid": self.pid})
         return self.returncode
 
     def wait(self, timeout: float = 600.0) -> int:
@@ -77,31 +92,31 @@ class Fork:
 
 
 class _Server:
-    """The process whose forks are the programs; it ends when its input does."""
+    """The process that is forked for each program. It exits when its standard input is closed."""
 
     def __init__(self, modules: Sequence[str]) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", _SERVE, *modules],
+            [sys.executable, "-c", _SERVER, *modules],
             cwd=ROOT,
-            # Compilers would start processes of their own, each of which imports torch.
+            # Otherwise compilers start worker processes, each of which imports torch.
             env={**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
-        self.asked = 0
+        self.requests = 0
         atexit.register(self.process.communicate)
 
-    def ask(self, question: dict[str, Any]) -> Any:
+    def request(self, fields: dict[str, Any]) -> Any:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.asked += 1
-        self.process.stdin.write(json.dumps({**question, "number": self.asked}) + "\n")
+        self.requests += 1
+        self.process.stdin.write(json.dumps({**fields, "number": self.requests}) + "\n")
         self.process.stdin.flush()
-        # The time of an earlier test may have ended between a question and its answer.
-        while (answer := json.loads(self.process.stdout.readline()))[0] != self.asked:
+        # Skip the response to a request of an earlier test that timed out while it waited.
+        while (response := json.loads(self.process.stdout.readline()))[0] != self.requests:
             pass
-        return answer[1]
+        return response[1]
 
 
 _server = cache(_Server)
@@ -109,53 +124,71 @@ _server = cache(_Server)
 
 def fork(
     module: str,
-    *words: object,
+    *arguments: object,
     stdout: Path,
     stderr: Path | None = None,
     cwd: Path = ROOT,
     environment: dict[str, str] | None = None,
     imported: tuple[str, ...] = ("sma.recipes.training.run",),
+    blocked: Sequence[str] = (),
 ) -> Fork:
-    """Start `python -m module words…` in a fork.
+    """Start `python -m module arguments…` in a fork.
 
     Args:
         module: the module.
-        words: its arguments.
-        stdout: the file to which it appends what it prints.
-        stderr: the same of its errors; None: that of stdout.
-        cwd: its folder.
-        environment: its variables, except for what the imports read; None: those of this process.
-        imported: modules that it finds imported.
+        arguments: its command-line arguments.
+        stdout: file to which its standard output is appended.
+        stderr: file to which its standard error is appended; None: that of stdout.
+        cwd: its working directory.
+        environment: its environment variables, except those that the imports change; None: those of this process.
+        imported: modules that are imported before the fork.
+        blocked: packages that it cannot import, as if they were not installed.
     """
     server = _server(imported)
-    for file in (stdout, stderr or stdout):  # a caller may read them at once
+    for file in (stdout, stderr or stdout):  # the caller may read them at once
         file.touch()
-    question = {
+    request = {
         "module": module,
-        "words": [str(word) for word in words],
+        "arguments": [str(argument) for argument in arguments],
         "stdout": str(stdout.resolve()),
         "stderr": str((stderr or stdout).resolve()),
         "cwd": str(cwd),
         "environment": dict(os.environ) if environment is None else environment,
+        "blocked": list(blocked),
     }
-    return Fork(server, server.ask(question))
+    return Fork(server, server.request(request))
 
 
-def run_fork(module: str, *words: object, folder: Path, timeout: float = 600.0, **options: Any) -> Any:
-    """Run `python -m module words…` in a fork to its end, as `subprocess.run` does.
+def run_fork(module: str, *arguments: object, folder: Path, timeout: float = 600.0, **options: Any) -> Completed:
+    """Run `python -m module arguments…` in a fork until it exits, as `subprocess.run` does.
 
     Args:
         module: the module.
-        words: its arguments.
-        folder: a folder for two files with what it prints.
-        timeout: its maximum time in seconds.
-        options: those of `fork`.
+        arguments: its command-line arguments.
+        folder: a folder for two files with its output.
+        timeout: maximum time, in seconds.
+        options: options of `fork`.
     """
     number = len([*folder.glob("fork*")])
     out, err = folder / f"fork{number}.out", folder / f"fork{number}.err"
-    process = fork(module, *words, stdout=out, stderr=err, **options)
+    process = fork(module, *arguments, stdout=out, stderr=err, **options)
     try:
         status = process.wait(timeout)
     finally:
         process.kill()
-    return subprocess.CompletedProcess(words, status, out.read_text(encoding="utf-8"), err.read_text(encoding="utf-8"))
+    return Completed(status, out.read_text(encoding="utf-8"), err.read_text(encoding="utf-8"))
+
+
+def run_without(blocked: Sequence[str], module: str, *arguments: object, folder: Path) -> Completed:
+    """Run `python -m module arguments…` without some packages, and assert that it leaves no file.
+
+    Args:
+        blocked: the packages.
+        module: the module.
+        arguments: its command-line arguments.
+        folder: a folder for its output.
+    """
+    (empty := folder / "empty").mkdir(exist_ok=True)
+    done = run_fork(module, *arguments, folder=folder, cwd=empty, imported=("sma",), blocked=blocked)
+    assert list(empty.iterdir()) == []
+    return done

@@ -1,4 +1,4 @@
-"""Triton's interpreter, which runs the kernels where there is no GPU."""
+"""Triton's interpreter, which runs the kernels on machines without a GPU."""
 
 import dataclasses
 import importlib
@@ -10,10 +10,10 @@ import torch
 
 
 def install() -> None:
-    """Have kernels interpreted from now on if there is no GPU."""
+    """Make Triton interpret all kernels if there is no GPU."""
     if torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
         return
-    # The import of triton chooses. The processes that tests start, such as compilers, must not see the variable.
+    # Triton reads the variable when it is imported. Child processes, such as compilers, must not inherit it.
     os.environ["TRITON_INTERPRET"] = "1"
     knobs = importlib.import_module("triton.knobs")
     importlib.import_module("triton.language")
@@ -24,12 +24,12 @@ def install() -> None:
 
 
 def _quicken(interpreter: Any) -> None:
-    """Leave out two things that take half of the time."""
-    # Six operators for every sum of indices, which have fewer than 32 bits by far.
+    """Disable two features of the interpreter that take half of the time."""
+    # The overflow check takes six operators per sum of indices, and the indices are far below 2^31.
     builder = interpreter.interpreter_builder
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
 
-    # A launch replaces some hundred functions of the language, and every call within it would do so again.
+    # Every launch and every call within it patches some hundred functions of the language; once per launch suffices.
     launch, patch = interpreter.GridExecutor.__call__, interpreter._patch_lang
     done: set[str] = set()
 

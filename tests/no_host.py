@@ -1,7 +1,6 @@
-"""A mode that raises where a program makes the host wait for a device, so that no device is needed to find out.
+"""A mode that raises where a program synchronises the host with a device; it needs no device.
 
-Tensors are on the `meta` device, which has no values to answer with, and on which code takes the path of an
-accelerator.
+Tensors are on the `meta` device, which has no values, and on which code follows the path of an accelerator.
 """
 
 import math
@@ -14,18 +13,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 ASKS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "is_nonzero")
-"""Operators whose result, or its size, the host reads."""
+"""Operators whose result or result size must be copied to the host."""
 
 RANDOM_ORDER = ("bincount", "histc", "kthvalue", "median", "nanmedian", "put", "put_", "scatter_reduce", "cumsum")
-"""Operators that `torch.use_deterministic_algorithms` refuses on CUDA for numbers that are not integers."""
+"""Operators that `torch.use_deterministic_algorithms` refuses on CUDA for floating-point inputs."""
 
 
 class HostAskedError(Exception):
-    """The host would wait for the device, or a CUDA graph could not capture the operator."""
+    """An operator would synchronise the host with the device, or a CUDA graph could not capture it."""
 
 
 class _NoNumbers(TorchFunctionMode):
-    """Raises where a tensor is made of numbers, which the dispatcher does not show."""
+    """Raises where a tensor is made from Python numbers, which no dispatch mode detects."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function in (torch.tensor, torch.as_tensor, Tensor.new_tensor) and not isinstance(args[-1], Tensor):
@@ -37,7 +36,7 @@ class NoHost(TorchDispatchMode):
     """Raises at operators that a CUDA graph cannot capture, or that are not deterministic.
 
     Args:
-        wide: number of elements from which a tensor may not be float64, in which many accelerators are slow.
+        wide: number of elements from which a float64 tensor is an error, because float64 is slow on many accelerators.
         ordered: whether to raise at operators that are not deterministic.
     """
 

@@ -1,4 +1,4 @@
-"""Slow, obvious versions of what the package computes: loops over rows and tokens, one formula at a time."""
+"""Slow reference implementations: loops over rows and tokens, one formula at a time."""
 
 import math
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ from sma.routers import (
 
 @dataclass
 class Token:
-    """One active token: where it stood, and its value."""
+    """One active token: its index in the flattened batch, its position in the row, and its value."""
 
     place: int
     position: int
@@ -40,7 +40,7 @@ class Token:
 def compress(
     x: Tensor, active: Tensor, positions: Tensor | None = None, capacity: int | None = None
 ) -> list[list[Token]]:
-    """The active tokens of every row, in order; the earliest `capacity` of them."""
+    """The active tokens of every row, in order, at most the first `capacity` of them."""
     rows = []
     for b in range(x.shape[0]):
         row: list[Token] = []
@@ -53,7 +53,7 @@ def compress(
 
 
 def tokens_of(tokens: Ragged) -> list[list[Token]]:
-    """The real tokens of every row of either layout, read through offsets and lengths alone."""
+    """The real tokens of every row, packed or rectangular, found by offsets and lengths alone."""
     rows = []
     for b in range(len(tokens.offsets) - 1):
         first = int(tokens.offsets[b])
@@ -90,7 +90,7 @@ def segment_reduce(values: Tensor, offsets: list[int], reduce: str) -> Tensor:
 
 
 def decide(router: Router, control: Tensor) -> list[tuple[bool, Tensor]]:
-    """For one token `(D,)`: whether each sub-module is active, and with which confidence."""
+    """Whether each sub-module is active for one token `(D,)`, and its confidence."""
     if not isinstance(router, SMARouter):
         return [(isinstance(router, AlwaysRouter), torch.ones((), dtype=control.dtype)) for _ in router.names]
     decisions = []
@@ -104,7 +104,7 @@ def decide(router: Router, control: Tensor) -> list[tuple[bool, Tensor]]:
 
 
 def normalise(norm: Norm | None, token: Tensor) -> Tensor:
-    """Normalise one token `(D,)`; batch norm by its running statistics."""
+    """Normalise one token `(D,)`; batch norm uses its running statistics."""
     if norm is None:
         return token
     assert isinstance(norm, LayerNorm | BatchNorm | RMSNorm | ScaleNorm)
@@ -160,7 +160,7 @@ def layer(part: RoutedLayer, x: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sinusoid(position: int, width: int) -> Tensor:
-    """[sin | cos] of the position times 10000^(-2i/D), without its learned factor."""
+    """[sin | cos] of the position times 10000^(-2i/D), without the learned factor."""
     angles = [position * 10000 ** (-2 * i / width) for i in range(width // 2)]
     return torch.tensor([math.sin(a) for a in angles] + [math.cos(a) for a in angles], dtype=torch.float64)
 
@@ -186,10 +186,9 @@ def model(part: SequenceModel, inputs: Tensor, valid: Tensor) -> tuple[Tensor, T
 
 
 class Reach(nn.Module):
-    """A sub-module that is no `SubModule` and has no spec: the tokens of a row before and at each token, weighted and
-    added up.
+    """A weighted sum of the tokens up to each token of a row. It is no `SubModule` and has no spec.
 
-    Its result depends on order, positions and rows, so that a mistake in any of them shows.
+    The weights depend on order, positions and rows, so that an error in any of them changes the result.
     """
 
     causal = True
@@ -214,7 +213,7 @@ class Reach(nn.Module):
 
 @dataclass
 class Choice:
-    """What a router decides about one token and one sub-module; the confidence carries its gradient."""
+    """Decision of a router about one token and one sub-module; the confidence has its gradient."""
 
     active: bool
     confidence: Tensor
@@ -222,9 +221,7 @@ class Choice:
 
 
 def choices(router: Router, control: Tensor, row: int = 0) -> list[list[Choice]]:
-    """What a learned router decides about the tokens `(L, D)` of one row without padding, for each of them and each
-    sub-module.
-    """
+    """Decisions of a learned router about the tokens `(L, D)` of a row without padding, by token and sub-module."""
     assert isinstance(router, LinearRouter)
     scores = [
         [(weight * token).sum() + bias for weight, bias in zip(router.weight, router.bias, strict=True)]
@@ -264,18 +261,18 @@ def choices(router: Router, control: Tensor, row: int = 0) -> list[list[Choice]]
 
 
 def plus(scores: list[Tensor], shift: list[float]) -> list[Tensor]:
-    """Scores with offsets."""
+    """Scores plus their biases."""
     return [score + more for score, more in zip(scores, shift, strict=True)]
 
 
 def switched(off: Tensor, on: Tensor) -> Choice:
-    """SMA: the softmax of two scores."""
+    """Decision of `sma`: the softmax of two scores."""
     p_on = 1 / (1 + torch.exp(off - on))
     return Choice(bool(on > off), p_on if on > off else 1 - p_on, p_on)
 
 
 def tried(router: ExploreRouter, off: Tensor, on: Tensor, place: tuple[int, int, int]) -> Choice:
-    """SMA with trials: in training a draw below the share of trials reverses the decision."""
+    """Decision of `explore`: in training, a draw below `tries` reverses the decision of `sma`."""
     p_on = 1 / (1 + torch.exp(off - on))
     if not router.training:
         return Choice(bool(on > off), p_on, p_on)
@@ -286,20 +283,20 @@ def tried(router: ExploreRouter, off: Tensor, on: Tensor, place: tuple[int, int,
 
 
 def above(score: Tensor, threshold: float) -> Choice:
-    """A gate: the odds of being active are those of the gate over those of the threshold."""
+    """Decision of `threshold`: the odds of being active are the odds of the gate over those of the threshold."""
     gate = 1 / (1 + torch.exp(-score))
     odds = torch.exp(score) * (1 - threshold) / threshold
     return Choice(bool(score > math.log(threshold / (1 - threshold))), gate, odds / (1 + odds))
 
 
 def shares_of(scores: list[Tensor], temperature: Tensor) -> list[Tensor]:
-    """The softmax."""
+    """The softmax of scores at a temperature."""
     powers = [torch.exp(score / temperature) for score in scores]
     return [power / sum(powers) for power in powers]
 
 
 def the_best(scores: list[Tensor], temperature: Tensor) -> list[Choice]:
-    """Of skip and the sub-modules, the one that is better than all others."""
+    """Decision of `exclusive`: skip or one sub-module is active, if its score exceeds all others."""
     shares = shares_of(scores, temperature)
     return [
         Choice(
@@ -312,14 +309,14 @@ def the_best(scores: list[Tensor], temperature: Tensor) -> list[Choice]:
 
 
 def the_first(scores: list[Tensor], k: int, modules: int, temperature: Tensor) -> list[Choice]:
-    """The k best, one after another; of equal ones the first. What comes after the sub-modules runs nothing."""
+    """Decision of `top_k`: the k highest scores, on a tie the first. Scores after the sub-modules' run nothing."""
     shares = shares_of(scores, temperature)
     taken = best_places(scores, k)
     return [Choice(place in taken, shares[place], shares[place]) for place in range(modules)]
 
 
 def best_places(scores: list[Tensor], count: int) -> list[int]:
-    """The places of the `count` highest scores, found one after another; of equal ones the first."""
+    """Indices of the `count` highest scores, found one after another; on a tie the first."""
     left = list(range(len(scores)))
     taken = []
     for _ in range(count):
@@ -333,7 +330,7 @@ def best_places(scores: list[Tensor], count: int) -> list[int]:
 
 
 def taken_by_an_expert(scores: list[Tensor], share: float) -> list[Choice]:
-    """The tokens of a row that one sub-module takes: the share that is written, rounded up."""
+    """Decision of `expert_choice` for one sub-module: it takes the decimal share of the tokens of a row, rounded up."""
     count = math.ceil(Fraction(str(share)) * len(scores))
     ordered = [scores[place].detach() for place in best_places(scores, len(scores))]
     taken = best_places(scores, count)
@@ -346,8 +343,9 @@ def taken_by_an_expert(scores: list[Tensor], share: float) -> list[Choice]:
 
 
 def sampled(router: GumbelRouter, off: Tensor, on: Tensor, row: int, position: int, place: int) -> Choice:
-    """A sample of off or on in training, the better of the two in evaluation; 1 with the gradient of the relaxed
-    sample.
+    """Decision of `gumbel`: a sample in training, the higher score in evaluation.
+
+    The confidence is 1, with the gradient of the relaxed sample.
     """
     spec, update = router.spec, int(router.updates)
     p_on = 1 / (1 + torch.exp(off - on))
@@ -362,7 +360,7 @@ def sampled(router: GumbelRouter, off: Tensor, on: Tensor, row: int, position: i
 
 
 def tossed(router: BernoulliRouter, off: Tensor, on: Tensor, row: int, position: int, place: int) -> Choice:
-    """The same sample, with a confidence of 1 that has no gradient."""
+    """Decision of `bernoulli`: the sample of `gumbel`, with a confidence of 1 without a gradient."""
     p_on = 1 / (1 + torch.exp(off - on))
     if router.training:
         off, on = (
@@ -372,13 +370,13 @@ def tossed(router: BernoulliRouter, off: Tensor, on: Tensor, row: int, position:
 
 
 def gumbel_draws(router: GumbelRouter | BernoulliRouter, row: int, position: int, place: int) -> list[float]:
-    """What is added to the scores off and on of one sub-module at one token."""
+    """Gumbel noise on the scores off and on of one sub-module at one token."""
     draws = (uniform(router.spec.seed, int(router.updates), row, position, 2 * place + switch) for switch in (0, 1))
     return [-math.log(-math.log(draw)) for draw in draws]
 
 
 def gumbel_noise(router: GumbelRouter | BernoulliRouter, rows: int, length: int) -> Tensor:
-    """The same for a batch without padding, `(B, L, M, 2)`."""
+    """Gumbel noise of a batch without padding, `(B, L, M, 2)`."""
     places = range(len(router.names))
     noise = [
         [[gumbel_draws(router, row, position, place) for place in places] for position in range(length)]
@@ -388,7 +386,7 @@ def gumbel_noise(router: GumbelRouter | BernoulliRouter, rows: int, length: int)
 
 
 def uniform(seed: int, *keys: int) -> float:
-    """A draw in whole numbers of any size (splitmix64), so that recorded runs and negative controls can be repeated."""
+    """A uniform draw by splitmix64 in Python integers, so that recorded runs and negative controls can be repeated."""
     whole = 2**64 - 1
     golden = 0x9E3779B97F4A7C15
     mixed = (seed + 1) * golden % 2**62

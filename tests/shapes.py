@@ -1,8 +1,8 @@
-"""The run-time checker of the types and shapes that signatures promise; `conftest.py` puts it over the whole package.
+"""A run-time check of the types and shapes in signatures; `conftest.py` installs it for the core.
 
-jaxtyping and beartype check an argument by its type, dtype and shape, which takes longer than most of the functions
-that they check. So a function is checked once for every combination of these, of arguments and result together, and
-calls that look the same are let through. What is checked stays the same: most calls look like earlier ones.
+jaxtyping and beartype check an argument by its type, dtype and shape, which takes longer than most of the checked
+functions. So each combination of these, of arguments and result together, is checked once per function. Later calls
+with the same combination skip the check, which would have the same outcome.
 """
 
 import abc
@@ -24,16 +24,16 @@ from beartype.roar import BeartypeDecorHintException
 from torch import Tensor
 
 MOST = 10_000
-"""Combinations of arguments that are remembered for one function, which bounds the memory."""
+"""Maximum number of combinations of arguments that are stored per function, to bound the memory."""
 
 
 class _Unclear(Exception):
-    """What a check sees of a value cannot be written down."""
+    """The properties that a check depends on cannot be summarised in a key."""
 
 
 def check(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Check arguments and results by their annotations, or nothing where beartype cannot read one, such as `Self`
-    outside a class.
+    """Check arguments and results by their annotations; no check if beartype cannot read one, such as `Self` outside a
+    class.
     """
     try:
         return beartype(function)
@@ -46,10 +46,10 @@ _nesting: set[type] = set()
 
 @functools.cache
 def _handler(kind: type) -> Callable[..., Hashable]:
-    """What a check can see of the values of a class; for most it is the class."""
+    """A function from a value of a class to the key on which a check can depend; for most classes the class itself."""
 
     def within(value: Any, depth: int = 0) -> Hashable:
-        if len(value) > 32 or depth == 3:  # it may be large, or hold itself
+        if len(value) > 32 or depth == 3:  # it may be large, or contain itself
             raise _Unclear
         items = value.items() if issubclass(kind, Mapping) else value
         return (kind, *[_look(each, depth + 1) for each in items])
@@ -71,7 +71,7 @@ def _look(value: Any, depth: int) -> Hashable:
 
 @functools.cache
 def _outer_handler(kind: type) -> Callable[[Any], Hashable]:
-    """The same where a check sees no more of the items of a collection than their classes."""
+    """`_handler` for checks that depend only on the classes of the items of a collection."""
     if issubclass(kind, Mapping):
         return lambda value: (kind, frozenset(map(type, value)), frozenset(map(type, value.values())))
     if issubclass(kind, list | tuple | Set):
@@ -80,14 +80,14 @@ def _outer_handler(kind: type) -> Callable[[Any], Hashable]:
 
 
 def _read(hint: Any, names: dict[str, Any]) -> Any:
-    """An annotation that may be a text."""
-    with contextlib.suppress(Exception):  # what it names may be there for a type checker alone
+    """An annotation, evaluated if it is a string."""
+    with contextlib.suppress(Exception):  # it may use names that exist only under TYPE_CHECKING
         return eval(hint, names) if isinstance(hint, str) else hint
     return hint
 
 
 def _is_plain(hint: Any) -> bool:
-    """Whether a check by an annotation sees no more of a value than its class."""
+    """Whether a check by an annotation depends only on the class of a value."""
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         return all(map(_is_plain, typing.get_args(hint)))
     if hint is None or hint is Any:
@@ -97,7 +97,7 @@ def _is_plain(hint: Any) -> bool:
 
 
 def _seer(hint: Any) -> Callable[[type], Callable[[Any], Hashable]] | None:
-    """`_handler` or `_outer_handler` for the values of an annotation; None: a check sees their class alone."""
+    """`_handler` or `_outer_handler` for the values of an annotation; None if a check depends only on their class."""
     if _is_plain(hint):
         return None
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
@@ -108,7 +108,7 @@ def _seer(hint: Any) -> Callable[[type], Callable[[Any], Hashable]] | None:
 
 
 def jaxtyped(part: Any = None, *, typechecker: Callable[..., Any]) -> Any:
-    """`jaxtyping.jaxtyped` for a function, or for the constructor of a dataclass, that checks what it has not seen."""
+    """`jaxtyping.jaxtyped` for a function or the constructor of a dataclass, with a check per new combination only."""
     if part is None:
         return functools.partial(jaxtyped, typechecker=typechecker)
     if inspect.isclass(part):
@@ -124,23 +124,23 @@ def jaxtyped(part: Any = None, *, typechecker: Callable[..., Any]) -> Any:
 
 
 class _Stack(threading.local):
-    """What a function under jaxtyping's checker calls, in each thread: the last item."""
+    """The functions that are being checked, per thread; jaxtyping's wrapper calls the last one."""
 
     def __init__(self) -> None:
         self.calls: list[Callable[..., Any]] = []
 
 
 class _Memory:
-    """What is known of one function, or of all that one definition within a function makes."""
+    """Checked combinations of one function, or of all functions that one nested definition creates."""
 
     def __init__(self, function: FunctionType, typechecker: Callable[..., Any]) -> None:
         self.annotations, self.typechecker = function.__annotations__, typechecker
-        self.known: dict[Hashable, set[Hashable]] = {}  # results that were checked, by arguments
+        self.known: dict[Hashable, set[Hashable]] = {}  # checked results, by arguments
         self.stack = _Stack()
         self.full: Callable[..., Any] | None = None
 
     def prepare(self, function: FunctionType) -> None:
-        """Make the function under jaxtyping's checker; at the first call, because most are never called."""
+        """Wrap the function by jaxtyping's checker, at the first call, because most functions are never called."""
         stack = self.stack
 
         def answer(*args: Any, **kwargs: Any) -> Any:
@@ -149,7 +149,7 @@ class _Memory:
         signature = inspect.signature(function)
         parameters = signature.parameters.values()
         hints = {name: _read(hint, function.__globals__) for name, hint in self.annotations.items()}
-        # Sizes may be numbers among the arguments.
+        # Sizes such as "{size}" depend on the values of arguments.
         find = (lambda hint: _handler) if any("{" in str(each) for each in self.annotations.values()) else _seer
         self.named = {each.name: find(hints.get(each.name)) for each in parameters}
         ordered = [each for each in parameters if each.kind <= inspect.Parameter.POSITIONAL_OR_KEYWORD]
@@ -157,15 +157,15 @@ class _Memory:
         found = [self.named[each.name] for each in (*ordered, *variable * 32)]
         self.seen, self.seers = [see is not None for see in found], [*filter(None, found)]
         self.see_result = _seer(hints.get("return"))
-        # With the globals of the function, in which its annotations are read.
+        # Its globals are those of the function, in which jaxtyping evaluates the annotations.
         same = FunctionType(answer.__code__, function.__globals__, function.__name__, closure=answer.__closure__)
         functools.update_wrapper(same, function)
-        del same.__wrapped__  # type: ignore[attr-defined]  # it may hold much
+        del same.__wrapped__  # type: ignore[attr-defined]  # it may keep large objects alive
         same.__signature__ = signature  # type: ignore[attr-defined]
         self.full = _ORIGINAL(same, typechecker=self.typechecker)
 
     def check(self, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Check arguments, call, and check the result."""
+        """Call a function, with a check of its arguments and its result."""
         assert self.full is not None
         self.stack.calls.append(call)
         try:
@@ -180,7 +180,7 @@ _nested: dict[int, tuple[CodeType, _Memory]] = {}
 def _memory(function: FunctionType, typechecker: Callable[..., Any]) -> _Memory:
     if "<locals>" not in function.__qualname__:
         return _Memory(function, typechecker)
-    code = function.__code__  # those that only equal it may be of other functions
+    code = function.__code__  # by identity, because equal code may belong to another function
     memory = _nested.setdefault(id(code), (code, _Memory(function, typechecker)))[1]
     same = memory.annotations == function.__annotations__ and memory.typechecker is typechecker
     return memory if same else _Memory(function, typechecker)
@@ -208,7 +208,7 @@ def _checked(function: Any, typechecker: Callable[..., Any]) -> Callable[..., An
                 see = memory.named.get(name, _handler)
                 given += (name, see(type(value))(value) if see else type(value))
             results = known.get(given)
-        except Exception:  # sizes may be symbols, which have no hash
+        except Exception:  # sizes may be symbolic, which are not hashable
             return memory.check(function, args, kwargs)
         result = memory.check(function, args, kwargs) if results is None else function(*args, **kwargs)
         try:
@@ -232,6 +232,6 @@ _ORIGINAL, _config = jaxtyping.jaxtyped, jaxtyping.config
 
 
 def install(modules: Sequence[str]) -> None:
-    """Check the functions and dataclasses of modules that are imported from now on."""
-    jaxtyping.jaxtyped = jaxtyped  # type: ignore[assignment]  # to which the import hook refers
+    """Check the functions and dataclasses of these modules, which must not be imported yet."""
+    jaxtyping.jaxtyped = jaxtyped  # type: ignore[assignment]  # the import hook uses it
     jaxtyping.install_import_hook(list(modules), f"{__name__}.check")

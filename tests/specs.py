@@ -1,4 +1,4 @@
-"""Specs of every registered kind with random values, built from the fields that the kinds declare."""
+"""Random specs of every registered kind, generated from the declared fields."""
 
 import types
 from functools import cache
@@ -14,8 +14,8 @@ from sma.spec import Spec, families, kinds
 
 NAMES = ("attention", "mlp", "conv_2")
 
-# Every registered kind of models; those of recipes are there only once a test has imported them, and a kind that a test
-# registers is none.
+# Every registered kind of the models, without those that tests register. Kinds of the recipes are excluded, because
+# they are registered only if a test imports them.
 KINDS = [
     (family, kind, spec_class)
     for family in families()
@@ -27,22 +27,22 @@ every_kind = pytest.mark.parametrize(
 )
 
 
-# Strategies are cached, because tests make one for every example, and deferred, because the text of a nested one, which
-# hypothesis makes, takes longer than its examples.
+# Strategies are cached, because tests request one per example. They are deferred, because hypothesis builds the repr of
+# nested strategies, which takes longer than the examples.
 
 
 @cache
 def of_family(family: str, most: float = 1e4) -> st.SearchStrategy[Any]:
-    """Specs of any kind of a family; no number is above `most`."""
+    """Specs of any kind of a family; `most` is the maximum of all numbers."""
     strategies = [of_class(spec_class, most) for name, _, spec_class in KINDS if name == family]
     return st.deferred(lambda: st.one_of(strategies))
 
 
 @cache
 def of_class(spec_class: type[Spec], most: float = 1e4) -> st.SearchStrategy[Any]:
-    """Specs of one class, those that break a rule across fields left out."""
+    """Valid specs of one class; combinations of fields that its validators refuse are filtered out."""
     fields = {name: _values(field.annotation, field.metadata, most) for name, field in spec_class.model_fields.items()}
-    # A default stays a default in some examples.
+    # Some examples omit optional fields, which then have their defaults.
     optional = {name: values for name, values in fields.items() if not spec_class.model_fields[name].is_required()}
     required = {name: values for name, values in fields.items() if name not in optional}
     chosen = st.fixed_dictionaries(required, optional=optional)
@@ -58,7 +58,7 @@ def _made(spec_class: type[Spec], fields: dict[str, Any]) -> Spec | None:
 
 
 def _values(annotation: Any, metadata: list[Any], most: float) -> st.SearchStrategy[Any]:
-    """Values that one field may have."""
+    """Values of one field."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if hasattr(annotation, "__metadata__"):
         return _values(annotation.__origin__, [*metadata, *annotation.__metadata__], most)

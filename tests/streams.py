@@ -1,4 +1,4 @@
-"""Streams: where they are cut into chunks, and how states are compared."""
+"""Tools for tests of streams: chunks, comparisons of tensors and states."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -15,13 +15,13 @@ from sma.pytree import map_tensors, tensors
 from sma.submodule import State
 from tests.cases import SIDES, pad
 
-# Laws about streams run a model once per chunk and once per token: a few examples cost as much as many elsewhere.
+# Tests of streams run a model once per chunk and once per token, so their examples are slower than others.
 few = settings(max_examples=max(1, settings.default.max_examples // 6 if settings.default else 4))
 
 
 @st.composite
 def cuts(draw: st.DrawFn, length: int, most: int = 4) -> list[slice]:
-    """Cut `length` tokens into chunks, some of which may be empty or hold all of them."""
+    """Cut `length` tokens into chunks; a chunk may be empty or hold all tokens."""
     inner = draw(st.lists(st.integers(0, length), max_size=most - 1).map(sorted))
     return [slice(start, end) for start, end in pairwise([0, *inner, length])]
 
@@ -32,24 +32,24 @@ def steps(length: int) -> list[slice]:
 
 
 def near(found: Tensor, wanted: Tensor, tolerance: float = 1e-9) -> None:
-    """Equal to within the tolerance, relative to the largest number that is wanted, or to 1."""
+    """Assert equality within a tolerance, relative to the largest expected magnitude or 1, whichever is larger."""
     largest = float(wanted.detach().abs().max()) if wanted.numel() and wanted.dtype is not torch.bool else 0.0
     torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance * max(1.0, largest))
 
 
 def copied(state: Any) -> Any:
-    """A state of its own memory."""
+    """A copy of a state that shares no memory with it."""
     return map_tensors(torch.clone, state)
 
 
 def same_bits(one: State, other: State) -> bool:
-    """Whether two states are equal to the last bit."""
+    """Whether two states are equal bit by bit."""
     pairs = list(zip(tensors(one), tensors(other), strict=True))
     return all(left.dtype == right.dtype and torch.equal(left, right) for left, right in pairs)
 
 
 def near_states(found: State, wanted: State, tolerance: float = 1e-9) -> None:
-    """Compare two states, one of which may have grown further: what it has more is empty."""
+    """Assert that two states are equal within a tolerance; a cache may be longer than the other by empty slots."""
     for one, other in zip(tensors(found), tensors(wanted), strict=True):
         if one.ndim > 1 and one.shape[1] != other.shape[1]:
             shared = min(one.shape[1], other.shape[1])
@@ -61,7 +61,7 @@ def near_states(found: State, wanted: State, tolerance: float = 1e-9) -> None:
 
 
 def exactly(sentence: str) -> str:
-    """The pattern of one whole sentence."""
+    """A regular expression that matches exactly this text."""
     return f"^{re.escape(sentence)}$"
 
 
@@ -70,8 +70,8 @@ class Plan:
     """How a batch of rows is streamed.
 
     Attributes:
-        chunks: of every row; all rows have the same number of chunks, of different sizes, some of which are empty.
-        side: where the padding of a chunk stands.
+        chunks: chunks of every row. All rows have equally many; their sizes may differ, and some may be empty.
+        side: side of the padding in a chunk.
         extra: padding of the longest row of every chunk.
     """
 
@@ -82,7 +82,7 @@ class Plan:
 
 @st.composite
 def plans(draw: st.DrawFn, rows: int, length: int, count: int = 4) -> Plan:
-    """Ways to stream `rows` rows of `length` tokens, each cut at places of its own."""
+    """Plans to stream `rows` rows of `length` tokens; each row is cut at different positions."""
     inner = st.lists(st.integers(0, length), min_size=count - 1, max_size=count - 1).map(sorted)
     chunks = [[slice(*ends) for ends in pairwise([0, *draw(inner), length])] for _ in range(rows)]
     return Plan(chunks, draw(st.sampled_from(sorted(SIDES))), draw(st.integers(0, 2)))
@@ -97,7 +97,7 @@ Call = Callable[[Tensor, Tensor | None, Any], tuple[Sequence[Tensor], Any]]
 
 
 def flow(call: Call, inputs: Tensor, plan: Plan, state: Any, fill: float = 0.0) -> tuple[list[Tensor], Any]:
-    """Stream a batch: `call(chunk, valid, state)` gives tensors `(B, L, ...)` and a state.
+    """Stream a batch: `call(chunk, valid, state)` returns tensors `(B, L, ...)` and a state.
 
     Returns:
         these tensors for the valid tokens of all chunks together, and the last state.

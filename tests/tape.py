@@ -1,7 +1,6 @@
 """A recorder for tests without a device: it repeats operators on the same memory, as a CUDA graph does.
 
-A number of the host that was read during the recording stays what it was, and so does every tensor: what a graph would
-not follow is not followed here either.
+As in a graph, tensors keep their memory, and numbers that the host read during the recording are constants.
 """
 
 from collections.abc import Callable
@@ -18,7 +17,7 @@ ResultT = TypeVar("ResultT")
 
 
 class _Tape(TorchDispatchMode):
-    """Runs operators and keeps them with their arguments and results."""
+    """Runs operators, and stores them with their arguments and results."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,8 +31,8 @@ class _Tape(TorchDispatchMode):
         return made
 
     def replay(self) -> None:
-        """Run the operators again; every result is written where the first one was."""
-        # What autocast made of the operators is on the tape.
+        """Run the operators again, and write every result into the memory of the recorded one."""
+        # The tape already has the casts of autocast.
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             for function, args, kwargs, results in self.calls:
                 again = function(*args, **kwargs)
@@ -42,12 +41,12 @@ class _Tape(TorchDispatchMode):
 
 
 class TapeRecorder:
-    """A recorder as `sma.recipes.training.graph` has one for CUDA.
+    """A recorder with the interface of the CUDA recorder of `sma.recipes.training.graph`.
 
-    A capture runs nothing, and a tape has to run in order to record: so the first replay does nothing.
+    A capture runs nothing, but a tape must run to record, so the first replay does nothing.
 
     Attributes:
-        replays: number of replays, of all recordings.
+        replays: total number of replays.
         recordings: number of recordings.
     """
 
@@ -55,7 +54,7 @@ class TapeRecorder:
         self.replays, self.recordings, self.asked = 0, 0, set[str]()
 
     def run(self, program: Callable[[], ResultT]) -> ResultT:
-        """Run a program that is recorded later."""
+        """Run a program eagerly, before it is recorded."""
         return program()
 
     def record(self, program: Callable[[], ResultT]) -> tuple[Callable[[], None], ResultT]:
@@ -77,4 +76,4 @@ class TapeRecorder:
         return replay, result
 
     def forget(self) -> None:
-        """Do nothing: a tape keeps its memory."""
+        """Do nothing, because a tape keeps its memory."""

@@ -1,4 +1,4 @@
-"""The rules of the layout: who may import whom, and what every file owes its reader."""
+"""Rules of the architecture: imports between files, size of files, and documentation of public names."""
 
 import ast
 import importlib
@@ -23,7 +23,7 @@ import sma.testing
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {"sma": "sma", "modules": "sma.modules", "recipes": "sma.recipes", "tune": "sma.tune"}
 
-# Files of the core in the order in which they may know each other: never a later row.
+# Files of the core. A file may import files of its own row and of earlier rows.
 CHAIN = [
     ["errors"],
     ["files", "memory"],
@@ -36,7 +36,7 @@ CHAIN = [
     ["repeat"],
     ["model"],
 ]
-# Rooms of the recipes in the order in which they may know each other, and last what a user runs.
+# Folders and files of the recipes, with the same rule. The last row has the programs.
 FLOORS = [
     ["io"],
     ["tasks"],
@@ -49,7 +49,7 @@ FLOORS = [
         *("recall", "reach", "rates", "compare", "router_table"),
     ],
 ]
-# These may import everything, so nothing else of the core may import them.
+# These may import everything, so no other file of the core may import them.
 TOP = ("sma.testing", "sma.interop", "sma.commands", "sma.__main__")
 
 THIRD_PARTY = {
@@ -76,7 +76,7 @@ EXPERIMENTS_ONLY = {
 
 
 def _files(*folders: str) -> list[Path]:
-    """Python files of the folders, each once: the links from sma/ into its neighbours are not followed."""
+    """Python files of the folders, each once: symbolic links in sma/ are not followed."""
     return sorted(
         path
         for folder in folders
@@ -98,7 +98,7 @@ def _tree(path: Path) -> ast.Module:
 
 
 def _running(node: ast.AST) -> Iterator[ast.AST]:
-    """Every node below but those under `if TYPE_CHECKING:`, which never run."""
+    """All descendants of a node, except those under `if TYPE_CHECKING:`, which never run."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING"):
             continue
@@ -107,7 +107,7 @@ def _running(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def _imports(path: Path, ours: frozenset[str]) -> set[str]:
-    """Absolute dotted names that a file imports, wherever in the file; `from sma import ragged` is `sma.ragged`."""
+    """Absolute dotted names that a file imports, also inside functions; `from sma import ragged` is `sma.ragged`."""
     package = _module(path).split(".")
     if path.name != "__init__.py":
         package = package[:-1]
@@ -123,7 +123,7 @@ def _imports(path: Path, ours: frozenset[str]) -> set[str]:
 
 
 def _offenders(paths: list[Path], faults: Callable[[Path], Any]) -> dict[str, Any]:
-    """The faults of each file that has some. A rule is one test of all files: it names every file that breaks it."""
+    """The files that violate a rule, with their faults. One test per rule checks all files and lists all violations."""
     return {path.relative_to(ROOT).as_posix(): found for path in paths if (found := faults(path))}
 
 
@@ -136,7 +136,7 @@ OURS = frozenset(map(_module, SOURCES))
 
 
 def _executed(path: Path) -> set[str]:
-    """What importing a file executes: what it imports, and the packages that this stands in, besides its own."""
+    """Modules that the import of a file executes: its imports and their packages, except the packages of the file."""
     own = {".".join(_module(path).split(".")[:depth]) for depth in range(1, 9)}
     found = _imports(path, OURS)
     packages = {".".join(name.split(".")[:depth]) for name in found for depth in range(1, name.count(".") + 1)}
@@ -145,7 +145,7 @@ def _executed(path: Path) -> set[str]:
 
 @cache
 def _graph() -> dict[str, set[str]]:
-    """What importing each file executes; made when the first test asks, and not in every process that collects."""
+    """`_executed` of every file; built on first use, because every worker collects these tests but few run them."""
     return {_module(path): _executed(path) for path in SOURCES}
 
 
@@ -153,7 +153,7 @@ CORE = [path for path in _files("sma") if not _within(_module(path), *TOP)]
 
 
 def _route(start: str, goals: set[str]) -> list[str] | None:
-    """How `start` comes to import one of `goals`, by the shortest way."""
+    """The shortest chain of imports from `start` to one of `goals`; None if there is none."""
     routes, seen = [[start]], {start}
     while routes:
         route = routes.pop(0)
@@ -167,16 +167,16 @@ def _route(start: str, goals: set[str]) -> list[str] | None:
 
 
 def _foreign(path: Path) -> list[str]:
-    """What a file imports besides the few dependencies of the core and itself."""
+    """Imports of a file other than sma, the standard library and the dependencies of the core."""
     allowed = THIRD_PARTY | set(sys.stdlib_module_names) | {"sma"}
     return [name for name in _graph()[_module(path)] if name.split(".")[0] not in allowed]
 
 
-def test_core_imports_only_its_few_dependencies_and_itself() -> None:
+def test_core_imports_only_itself_and_its_dependencies() -> None:
     assert _offenders(CORE, _foreign) == {}
 
 
-def test_core_never_imports_what_is_built_on_it() -> None:
+def test_core_never_imports_packages_built_on_it() -> None:
     built = ("sma.modules", "sma.recipes", "sma.tune", *TOP)
     assert _offenders(CORE, lambda path: [name for name in _graph()[_module(path)] if _within(name, *built)]) == {}
 
@@ -187,12 +187,12 @@ def test_import_graph_of_the_core_is_a_line(row: int) -> None:
     assert [route for name in CHAIN[row] if (route := _route(f"sma.{name}", later))] == []
 
 
-def test_no_file_imports_itself_by_a_detour() -> None:
+def test_no_import_cycles() -> None:
     assert _offenders(SOURCES, lambda path: _route(_module(path), {_module(path)})) == {}
 
 
 @pytest.mark.parametrize("floor", [pytest.param(floor, id=",".join(rooms)) for floor, rooms in enumerate(FLOORS[:-1])])
-def test_recipes_import_in_one_line(floor: int) -> None:
+def test_import_graph_of_the_recipes_is_a_line(floor: int) -> None:
     rooms = [f"sma.recipes.{room}" for room in FLOORS[floor]]
     above = {
         name
@@ -202,13 +202,13 @@ def test_recipes_import_in_one_line(floor: int) -> None:
     assert [route for name in _graph() if _within(name, *rooms) and (route := _route(name, above))] == []
 
 
-def test_top_of_recipes_is_what_a_user_runs() -> None:
+def test_files_at_the_top_of_recipes_are_programs() -> None:
     rooms = {room for row in FLOORS[:-1] for room in row}
     files = {path.stem for path in (ROOT / "recipes").glob("*.py")} - {"__init__", *rooms}
     assert files == {"environment", *FLOORS[-1]}
 
 
-def test_zoo_knows_the_contracts_and_never_what_routes() -> None:
+def test_zoo_never_imports_routers_layers_or_models() -> None:
     routing = {"sma.routers", "sma.activation", "sma.layer", "sma.model"}
     assert _offenders(_files("modules"), _foreign) == {}
     assert _offenders(_files("modules"), lambda path: _route(_module(path), routing)) == {}
@@ -220,7 +220,7 @@ def _registers(path: Path) -> bool:
     return any(ast.unparse(decorator) == "register" for node in classes for decorator in node.decorator_list)
 
 
-def test_one_kind_of_the_zoo_never_imports_another() -> None:
+def test_no_kind_of_the_zoo_imports_another() -> None:
     kinds = {_module(path) for path in _files("modules") if _registers(path)}
     paths = [path for path in _files("modules") if path.name != "__init__.py"]
     assert _offenders(paths, lambda path: _graph()[_module(path)] & kinds) == {}
@@ -233,7 +233,7 @@ def test_only_tune_imports_ray() -> None:
     )
 
 
-def test_only_experiments_import_what_trains_and_draws() -> None:
+def test_core_and_zoo_never_import_libraries_for_training_and_figures() -> None:
     def faults(path: Path) -> list[str]:
         return [name for name in _graph()[_module(path)] if _within(name, *EXPERIMENTS_ONLY)]
 
@@ -253,13 +253,13 @@ def test_public_surface_is_tiny() -> None:
 
 
 def _without_docstring(path: Path) -> list[str]:
-    """The public names of a file that say nothing, and the file itself."""
+    """Public names of a file without a docstring; `the file itself` if the module has none."""
     named = [
         node
         for node in _tree(path).body
         if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
         and not node.name.startswith("_")
-        and "overload" not in map(ast.unparse, node.decorator_list)  # the docstring is that of the function itself
+        and "overload" not in map(ast.unparse, node.decorator_list)  # the implementation has the docstring
     ]
     own = [] if ast.get_docstring(_tree(path)) else ["the file itself"]
     return own + [node.name for node in named if not ast.get_docstring(node)]
@@ -269,21 +269,21 @@ def test_public_names_have_docstrings() -> None:
     assert _offenders(_files("sma", "modules"), _without_docstring) == {}
 
 
-def test_a_file_can_be_read_in_one_sitting() -> None:
+def test_files_have_at_most_400_lines() -> None:
     paths = _files("sma", "modules", "recipes", "tune", "benchmarks", "tests", "examples", ".ci")
     lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in paths}
     assert _offenders(paths, lambda path: lines[path] if lines[path] > 400 else None) == {}
 
 
-# The conformance kit is a test suite, so it may assert.
-def test_input_is_never_checked_by_assert() -> None:
+# The conformance kit is a test suite, so it may use assert.
+def test_package_never_uses_assert() -> None:
     def lines(path: Path) -> list[int]:
         return [node.lineno for node in ast.walk(_tree(path)) if isinstance(node, ast.Assert)]
 
     assert _offenders([path for path in SOURCES if not _within(_module(path), "sma.testing")], lines) == {}
 
 
-def test_a_library_never_prints() -> None:
+def test_core_and_zoo_never_print() -> None:
     def lines(path: Path) -> list[int]:
         calls = (node for node in ast.walk(_tree(path)) if isinstance(node, ast.Call))
         return [node.lineno for node in calls if isinstance(node.func, ast.Name) and node.func.id == "print"]
@@ -291,7 +291,7 @@ def test_a_library_never_prints() -> None:
     assert _offenders([path for path in _files("sma", "modules") if path.name != "__main__.py"], lines) == {}
 
 
-# Files whose names the reference of the site describes.
+# Modules that the reference of the site describes.
 DESCRIBED = [
     name
     for page in sorted((ROOT / "docs" / "reference").glob("*.rst"))
@@ -321,7 +321,9 @@ def test_reference_describes_every_file_that_registers_a_kind() -> None:
 
 
 def undocumented(part: object, name: str) -> list[str]:
-    """Public functions, classes, methods and properties without a docstring, own or inherited, and bare fields."""
+    """Public functions, classes, methods and properties without an own or inherited docstring, and fields without a
+    description.
+    """
     if inspect.isfunction(part):
         return [] if part.__doc__ else [name]
     if not inspect.isclass(part):

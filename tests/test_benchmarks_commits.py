@@ -1,4 +1,4 @@
-"""The comparison of two commits: both trees are run, and a commit equals itself."""
+"""Comparison of two commits: the table of times, and the error for an unknown commit."""
 
 import shutil
 from pathlib import Path
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.mark.skipif(
     shutil.which("git") is None or not (ROOT / ".git").exists(), reason="needs the repository and git, for the commits"
 )
-def test_a_commit_is_compared_with_another(monkeypatch, capsys):
+def test_the_table_of_two_commits_has_times_and_their_ratio(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     arguments = ["HEAD", "HEAD", "--rounds", "1", "--seconds", "0", "--points", "seqboat 1 64 0.3,preset digits_tiny"]
     monkeypatch.setattr("sys.argv", ["commits", *arguments])

@@ -1,4 +1,4 @@
-"""The table of compiled kernels, from made-up rows; tests/test_sma/test_kernels compiles."""
+"""Table of compiled kernels, from made-up rows; tests/test_sma/test_kernels compiles real ones."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ def _row(kernel: str, card: str, registers: int, shared_memory: int, spills: int
     return {"preset": "text_paper", "kernel": kernel, "card": card, "dtype": "tf32", **numbers}
 
 
-def test_a_table_has_the_most_of_the_launches_of_a_kernel() -> None:
+def test_a_table_has_the_maximum_over_the_launches_of_a_kernel() -> None:
     rows = [
         _row("ends", "80", 96, 1024),
         _row("ends", "80", 90, 2048),

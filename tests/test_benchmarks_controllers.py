@@ -1,4 +1,4 @@
-"""The benchmark of controllers: what it prints, and that its sign rule and its count of updates are what it says."""
+"""Benchmark of controllers: its output, the sign rule, and the number of updates until a rate has settled."""
 
 import json
 import subprocess
@@ -38,7 +38,7 @@ def test_the_sign_rule_moves_the_log_odds_one_step_towards_the_target(target: fl
     torch.testing.assert_close(moved, torch.full_like(moved, sign * 0.25), rtol=0, atol=1e-5)
 
 
-def test_a_rate_has_settled_when_the_mean_of_ten_stays_within_a_tenth_of_the_target() -> None:
+def test_a_rate_has_settled_when_the_mean_of_ten_updates_stays_within_10_percent_of_the_target() -> None:
     rates = torch.tensor([1.0] * 20 + [0.5] * 30, dtype=torch.float64)
     means = [rates[place - 10 : place].mean() for place in range(10, 51)]
     expected = next(place for place in range(10, 51) if all(abs(mean - 0.5) <= 0.05 for mean in means[place - 10 :]))

@@ -1,4 +1,4 @@
-"""The counter of launches and bytes: exact on chains that can be counted by hand."""
+"""Counter of launches and bytes, compared with counts by hand."""
 
 import json
 import subprocess
@@ -63,27 +63,29 @@ CASES: list[Any] = [
 
 
 @pytest.mark.parametrize(("program", "wanted"), CASES)
-def test_an_operator_counts_what_it_reads_and_writes(program: Callable[[Tensor, Tensor], Tensor], wanted: Work) -> None:
+def test_an_operator_counts_the_bytes_that_it_reads_and_writes(
+    program: Callable[[Tensor, Tensor], Tensor], wanted: Work
+) -> None:
     x, rows = _x(), _rows()
     with Counter() as counter:
         program(x, rows)
     assert counter.work() == wanted
 
 
-def test_a_chain_counts_the_sum_forward_and_backward() -> None:
+def test_the_work_of_a_chain_is_the_sum_over_its_operators() -> None:
     x = _x().requires_grad_()
     with Counter() as counter:
         y = (x * x).sum()
         with counter.during("backward"):
             y.backward()
-    # forward: a product and a sum; backward: a one, expanded as a view, x times it twice, and the sum of both.
+    # Forward: a product and a sum. Backward: a gradient of 1, expanded as a view; two products with x; their sum.
     assert counter.work("forward") == Work(2, WHOLE + WHOLE, WHOLE + FLOAT)
     assert counter.work("backward") == Work(4, 2 * (WHOLE + FLOAT) + 2 * WHOLE, FLOAT + 3 * WHOLE)
     assert counter.work() == counter.work("forward") + counter.work("backward")
     assert {call.place for call in counter.calls} == {"tests/test_benchmarks_count.py"}
 
 
-def test_a_fused_operator_counts_its_own_work() -> None:
+def test_an_operator_with_a_registered_rule_counts_its_own_work() -> None:
     @torch.library.custom_op("sma_test::twice", mutates_args=())
     def twice(x: Tensor) -> Tensor:
         return x + x + 0
@@ -105,13 +107,13 @@ def test_a_compiled_function_counts_kernels_by_the_sizes_of_its_results() -> Non
     one = fused_pass((x, weight), {}, (x + 1, factor))
     assert one == Work(1, WHOLE + 8 * FLOAT, WHOLE + 6 * FLOAT)
     assert fused_pass((x,), {}, (half, half + 1, x + 1)) == Work(2, WHOLE, 2 * WHOLE)
-    # A sum over rows: its parts, and their sum; beside mapped rows the arguments are read again.
+    # A sum over rows takes two kernels: partial sums, and their sum. With other results, it reads the arguments again.
     assert fused_pass((x,), {}, weight) == Work(2, WHOLE, 8 * FLOAT)
     assert fused_pass((x,), {}, (x + 1, weight)) == Work(3, 2 * WHOLE, WHOLE + 8 * FLOAT)
     assert fused_pass((x,), {}, []) == Work()
 
 
-def test_questions_to_the_host_are_counted_and_answered() -> None:
+def test_synchronisations_with_the_host_are_counted_and_get_values() -> None:
     x = torch.empty(4, 6, device="meta")
     with Counter(active=24, longest=4) as counter:
         assert (x > 0).nonzero().shape == (24, 2)
@@ -122,7 +124,7 @@ def test_questions_to_the_host_are_counted_and_answered() -> None:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_more_active_tokens_move_more_bytes_by_as_many_launches(name: str) -> None:
+def test_more_active_tokens_take_more_bytes_in_equally_many_launches(name: str) -> None:
     width, spec = layer_spec(SHAPES[name].model)
     with torch.device("meta"):
         layer = spec.build(width)
@@ -134,7 +136,7 @@ def test_more_active_tokens_move_more_bytes_by_as_many_launches(name: str) -> No
 
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("rate", [0.2, 1.0])
-def test_a_layer_asks_the_host_once_and_with_a_capacity_never(name: str, rate: float) -> None:
+def test_a_layer_synchronises_with_the_host_once_and_with_a_capacity_never(name: str, rate: float) -> None:
     width, spec = layer_spec(SHAPES[name].model)
     with torch.device("meta"):
         layer = spec.build(width).train()

@@ -1,4 +1,4 @@
-"""The run on a GPU, without one: all its phases at toy sizes, and what a stop leaves."""
+"""The GPU benchmark on a CPU: all its phases at toy sizes, failures, and interrupted runs."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def _lines(folder: Path) -> list[dict[str, Any]]:
 @pytest.mark.timeout(900)
 def test_every_phase_runs_on_a_cpu(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    # It takes 25 s of processor time; a busy machine has little of it.
+    # It takes 25 s of processor time, and far longer on a busy machine.
     arguments = ["--out", str(folder), "--device", "cpu", "--deadline", "5000"]
     subprocess.run([*COMMAND, *arguments], cwd=ROOT, env=ENVIRONMENT, capture_output=True, timeout=800, check=True)
     lines = _lines(folder)
@@ -67,7 +67,7 @@ def test_every_phase_runs_on_a_cpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_that_is_ended_keeps_its_points(tmp_path: Path) -> None:
+def test_a_terminated_run_keeps_its_points(tmp_path: Path) -> None:
     command = [*COMMAND, "--out", str(tmp_path), "--device", "cpu"]
     run = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     until = time.monotonic() + 200
@@ -118,7 +118,7 @@ phases = (raises, crashes, late, parallel)
 runner.PHASES = tuple(Phase(each.__name__, 560.0, each) for each in phases)
 status = runner.measure(Path(sys.argv[1]), "cpu", 500.0, "a command")
 
-# Whatever the speed of the machine: the deadline comes after the first point.
+# The deadline passes after the first point, independently of the speed of the machine.
 results = Results(Path(sys.argv[1]))
 bench = Bench(results, "hangs", "cpu", time.monotonic() + 100)
 children = [fork(results, "hangs", time.monotonic() + 100, partial(hangs, bench))]
@@ -130,7 +130,7 @@ sys.exit(status)
 
 
 @pytest.mark.slow
-def test_a_phase_that_fails_costs_only_what_it_had_left(tmp_path: Path) -> None:
+def test_a_failed_phase_loses_only_its_remaining_points(tmp_path: Path) -> None:
     done = _python(FAILING, str(tmp_path))
     assert done.returncode == 0, done.stderr
     lines = _lines(tmp_path)
@@ -151,7 +151,7 @@ def test_a_phase_that_fails_costs_only_what_it_had_left(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_what_cannot_be_done_is_one_sentence(tmp_path: Path) -> None:
+def test_wrong_arguments_give_one_error_message(tmp_path: Path) -> None:
     def message(*arguments: str) -> str:
         done = subprocess.run([*COMMAND, *arguments], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
         assert done.returncode == 1
@@ -177,7 +177,7 @@ def test_what_cannot_be_done_is_one_sentence(tmp_path: Path) -> None:
     )
 
 
-def test_a_phase_that_does_not_exist_is_named(tmp_path: Path) -> None:
+def test_an_unknown_phase_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"^'kernls' is no phase; did you mean 'kernels'\?"):
         runner.measure(tmp_path / "run", "cpu", 10.0, "a command", names=["kernls"])
     assert not (tmp_path / "run").exists()
@@ -190,7 +190,7 @@ def test_chosen_phases_share_the_whole_time() -> None:
     assert runner._ends(runner.PHASES, 0.0, 560.0)[-1] == 560.0
 
 
-def test_a_line_that_was_cut_costs_only_itself(tmp_path: Path) -> None:
+def test_an_incomplete_last_line_is_ignored(tmp_path: Path) -> None:
     results = Results(tmp_path)
     results.add("point", phase="a", name="one", number=1)
     with results.path.open("a", encoding="utf-8") as file:
@@ -198,8 +198,7 @@ def test_a_line_that_was_cut_costs_only_itself(tmp_path: Path) -> None:
     assert [line["name"] for line in results.read()] == ["one"]
 
 
-# Figures of a run that was never made, so that every ratio can be checked in the head.
-def test_a_device_idles_where_no_kernel_runs() -> None:
+def test_idle_share_is_the_time_without_a_running_kernel() -> None:
     events = [
         Event("one", True, 0.0, 10.0),
         Event("inside", True, 2.0, 5.0),
@@ -210,7 +209,7 @@ def test_a_device_idles_where_no_kernel_runs() -> None:
     assert profiled.idle_share([]) is None
 
 
-def test_a_profile_counts_what_the_host_waits_for() -> None:
+def test_a_profile_counts_synchronisations_launches_and_kernels_per_step() -> None:
     events = [
         Event("cudaLaunchKernel", False, 0.0, 1.0),
         Event("cuLaunchKernelEx", False, 1.0, 2.0),
@@ -251,9 +250,7 @@ def test_the_authors_algorithm_computes_the_same_layer(model: str, rate: float, 
 
 
 @pytest.mark.parametrize(("variant", "modules", "rate"), [("dense", 1, 1.0), ("without", 0, 0.0), ("routed", 1, 0.5)])
-def test_variants_of_a_layer_have_the_rate_that_is_asked(
-    variant: str, modules: int, rate: float, tmp_path: Path
-) -> None:
+def test_variants_of_a_layer_have_the_requested_rate(variant: str, modules: int, rate: float, tmp_path: Path) -> None:
     bench = measure.Bench(Results(tmp_path), "test", "cpu", time.monotonic() + 60)
     built = measure.build_layer(bench, Shape("seqboat_image_tiny", 2, 20), rate, variant)
     assert isinstance(built.layer, RoutedLayer)
@@ -261,7 +258,7 @@ def test_variants_of_a_layer_have_the_rate_that_is_asked(
     assert built.rate == pytest.approx(rate, abs=0.03)
 
 
-def test_updates_of_a_graph_have_the_losses_of_eager_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_updates_by_a_graph_have_the_losses_of_eager_updates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(RECORDERS, "cpu", TapeRecorder)
     bench = measure.Bench(Results(tmp_path), "test", "cpu", time.monotonic() + 60)
     runs = [steps.training_of(bench, repeatable=True).step(steps.STATIC, graphed) for graphed in (False, True)]
@@ -272,7 +269,7 @@ def test_updates_of_a_graph_have_the_losses_of_eager_ones(tmp_path: Path, monkey
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("window", [1, 3, 20])
-def test_pairs_in_reach_are_those_that_attend(window: int, causal: bool) -> None:
+def test_pairs_in_reach_equal_a_count_by_loops(window: int, causal: bool) -> None:
     lengths = [0, 1, 3, 4, 9]
     wanted = sum(-window <= j - i <= (0 if causal else window) for n in lengths for i in range(n) for j in range(n))
     assert operators.pairs_in_reach(lengths, window, causal) == wanted
@@ -298,7 +295,7 @@ def test_a_roofline_is_the_sum_over_the_launches() -> None:
     assert layers.roofline(shape, 0.3, "tf32", Points([])) == {}
 
 
-def test_new_tensors_are_poisoned_inside_the_block_only() -> None:
+def test_uninitialised_tensors_are_nan_inside_the_block_only() -> None:
     like = torch.ones(3)
     with poisoned():
         made = [torch.empty(3), torch.empty_like(like), like.new_empty(3)]

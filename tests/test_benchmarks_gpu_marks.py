@@ -1,4 +1,4 @@
-"""Marks and the report of a run on a GPU, from made-up figures."""
+"""Limits and the report of a run on a GPU, for made-up figures."""
 
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,7 @@ def test_a_mark_without_ceilings_is_not_measured() -> None:
     assert {mark.state for mark in marks.marks(Points([]))} == {"not measured"}
 
 
-def test_a_report_has_the_card_the_marks_and_the_points(tmp_path: Path) -> None:
+def test_a_report_has_the_name_of_the_gpu_the_limits_and_the_points(tmp_path: Path) -> None:
     results = Results(tmp_path)
     results.add("device", device="cuda", card="Card X", torch="2.11.0", triton="3.6.0", python="3.12.3")
     results.add("run", command="python -m benchmarks.gpu --out x", commit="0123abc", date="2026-11-27 12:00 UTC")

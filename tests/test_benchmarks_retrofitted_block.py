@@ -1,4 +1,4 @@
-"""The benchmark of a retrofitted block: its rates, and that its figures follow from its times."""
+"""Benchmark of a retrofitted block: its rates, and its figures for given times."""
 
 import pytest
 import torch
@@ -8,12 +8,12 @@ from benchmarks.retrofitted_block import RATES, Block, measure, routed_block
 
 
 @pytest.mark.parametrize("rate", RATES)
-def test_a_block_has_the_rate_that_is_asked_for(rate: float) -> None:
+def test_a_block_has_the_requested_rate(rate: float) -> None:
     torch.manual_seed(0)
     assert routed_block(Block(8), torch.randn(2, 100, 8), rate) == pytest.approx(rate)
 
 
-def test_efficiency_is_the_saved_time_over_the_time_that_skipped_tokens_take(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_efficiency_is_the_saved_time_over_the_time_of_the_skipped_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     times = {"dense": 1.0, "without": 0.1, 0.1: 0.25, 0.25: 0.325, 0.5: 0.55, 0.75: 1.0, 1.0: 1.1}
 
     def turns(calls: list[object], rounds: int) -> list[list[float]]:
@@ -24,5 +24,5 @@ def test_efficiency_is_the_saved_time_over_the_time_that_skipped_tokens_take(mon
     points = measure(1, 100, 8, "cpu", rounds=3)
     for mode in ("forward", "training"):
         assert [point[f"{mode}_milliseconds"] for point in points] == [1e3 * times[rate] for rate in RATES]
-        # 0.75 of 0.81, 0.675 of 0.675, 0.45 of 0.45, nothing of 0.225.
+        # Saved over skippable time: 0.75 / 0.81, 0.675 / 0.675, 0.45 / 0.45, 0 / 0.225.
         assert [point[f"{mode}_skip_efficiency"] for point in points] == [0.926, 1.0, 1.0, 0.0, None]

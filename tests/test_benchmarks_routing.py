@@ -1,6 +1,4 @@
-"""The benchmark of routing: what it prints, that its figures follow from its times, and that its dense twin is the
-routed block.
-"""
+"""Benchmark of routing: its output, its figures for measured times, and the equality of its dense baseline."""
 
 import json
 import subprocess
@@ -36,7 +34,7 @@ def test_the_figures_follow_from_the_times_and_the_rates_are_exact(model: str) -
     for point in points:
         time, dense, without = (point[key] for key in ("milliseconds", "dense_milliseconds", "without_milliseconds"))
         assert min(time, dense, without, point["gathered_milliseconds"]) > 0
-        # Every time is rounded to a microsecond.
+        # Each time is rounded to a microsecond, so a sum of three may differ by a few.
         assert point["overhead_milliseconds"] == pytest.approx(
             time - point["gathered_milliseconds"] - without, abs=0.003
         )
@@ -50,7 +48,7 @@ def test_the_figures_follow_from_the_times_and_the_rates_are_exact(model: str) -
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_the_dense_twin_is_the_block_that_routes_every_token(model: str) -> None:
+def test_the_dense_baseline_equals_the_block_that_routes_every_token(model: str) -> None:
     torch.manual_seed(0)
     layer = block_spec(model, 8).replace(router=AlwaysRouterSpec()).build(8).double()
     x = torch.randn(3, 20, 8, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The benchmark of single steps: what it prints, the rate that it sets, and that its two models are one."""
+"""Benchmark of single steps of a stream: its output, its rates, and the results of its models."""
 
 import json
 import subprocess
@@ -31,7 +31,7 @@ def test_a_small_run_prints_every_point_as_json() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rate", [0.1, 0.4, 1.0])
-def test_the_rate_that_is_set_is_the_rate_of_every_layer_in_a_stream(rate: float) -> None:
+def test_every_layer_of_a_stream_has_the_rate_that_was_set(rate: float) -> None:
     torch.manual_seed(0)
     model = language_model()
     set_rates(model, rate, rows=8)
@@ -42,11 +42,11 @@ def test_the_rate_that_is_set_is_the_rate_of_every_layer_in_a_stream(rate: float
             output = model(torch.randint(VOCABULARY, (8, 250)), state=state)
             state = output.state
             found.append(torch.cat([decision.rate() for decision in output.decisions]))
-    # 16,000 tokens each to set and to measure: one standard error of the difference is 3 % of a rate of 0.1.
+    # The rate is set on 16,000 tokens and measured on 16,000 others: one standard error is 3 % of a rate of 0.1.
     torch.testing.assert_close(torch.stack(found).mean(0), torch.full((4,), rate).double(), rtol=0.08, atol=0.002)
 
 
-def test_recomputing_gives_the_scores_of_the_stream_within_its_context() -> None:
+def test_recompute_equals_the_stream_within_its_context() -> None:
     torch.manual_seed(0)
     model = language_model()
     set_rates(model, 0.4, rows=2, length=200)
@@ -63,7 +63,7 @@ def test_recomputing_gives_the_scores_of_the_stream_within_its_context() -> None
     assert not torch.allclose(*further, rtol=0, atol=1e-9)
 
 
-def test_the_cached_transformer_gives_what_attention_over_all_tokens_gives() -> None:
+def test_the_cached_transformer_equals_attention_over_all_tokens() -> None:
     torch.manual_seed(0)
     with torch.inference_mode():
         model = CachedTransformer(2, 0, 12, "cpu").double()

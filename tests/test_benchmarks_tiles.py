@@ -1,4 +1,4 @@
-"""The timing of tiles, without a GPU: it runs at toy sizes, and its table has the fastest first."""
+"""Benchmark of tile sizes without a GPU: a run at toy sizes, and the order of its table."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_every_kernel_is_timed_with_other_tiles(tmp_path: Path) -> None:
+def test_every_kernel_is_timed_with_several_tile_sizes(tmp_path: Path) -> None:
     file = tmp_path / "tiles.jsonl"
     command = [sys.executable, "-m", "benchmarks.tiles", "--out", str(file), "--device", "cpu", "--deadline", "200"]
     command += ["--shape", "text", "--first", "2"]
@@ -42,7 +42,7 @@ def _point(milliseconds: float | None, width: int, **fields: Any) -> dict[str, A
     return {**names, **numbers, "registers": 200, "spills": 0, "present": False, **fields}
 
 
-def test_a_table_has_the_fastest_first_and_says_why_tiles_do_not_work() -> None:
+def test_a_table_lists_the_fastest_tile_sizes_first_and_why_others_fail() -> None:
     points = [
         _point(2.0, 32, present=True),
         _point(None, 64, spills=12),

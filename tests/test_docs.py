@@ -1,8 +1,8 @@
-"""Every example of the pages is run, and what it prints is compared with what stands beside it.
+"""Runs every example of the documentation, and compares its output with the text in the page.
 
-In a page, a `yaml` or `python` block whose first line is a file name, such as `# name.yaml`, is written to that file;
-another `python` block is run, and a `text` block right after it is its output; in a `console` block, lines after
-`$ command` are its output. Blocks of other languages are not run.
+A `yaml` or `python` block whose first line is a file name, such as `# name.yaml`, is written to that file. Other
+`python` blocks are run; the next `text` block is the expected output. In a `console` block, the lines after `$ command`
+are the expected output. Blocks in other languages are not run.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-# What it registers must be there before the first page, which forgets what is registered meanwhile.
+# Its kinds must be registered before the first page runs, after which the registry is restored.
 import sma.recipes.tasks.kinds
 import sma.spec
 import sma.tune.sweep
@@ -26,7 +26,7 @@ from sma.testing.router_laws import ROUTER_LAWS
 from sma.testing.submodule_laws import SUBMODULE_LAWS
 
 ROOT = Path(__file__).resolve().parents[1]
-# One lists the pages of the site, the other the tables of commands that take minutes.
+# The first lists the pages of the site. The commands of the second take minutes.
 WITHOUT_EXAMPLES = ("index.md", "benchmarks.md")
 GUIDES = sorted(page for page in (ROOT / "docs").glob("*.md") if page.name not in WITHOUT_EXAMPLES)
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *GUIDES]
@@ -53,11 +53,11 @@ def run_command(command: str, folder: Path) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [pytest.param(page, id=page.name) for page in PAGES])
-def test_every_example_prints_what_the_page_says(
+def test_every_example_has_the_output_in_the_page(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_users_run: None
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    # What a page registers is forgotten after it.
+    # A copy of the registry, so that the kinds of a page are removed after it.
     monkeypatch.setattr(sma.spec, "_registry", {family: sma.spec.kinds(family) for family in sma.spec.families()})
     names: dict[str, object] = {"__name__": "__page__"}
     printed = ""
@@ -90,7 +90,7 @@ def test_every_example_prints_what_the_page_says(
         pytest.param(MODEL_LAWS, id="model"),
     ],
 )
-def test_the_page_of_the_conformance_kit_names_every_law(laws: Sequence[Callable[..., None]]) -> None:
+def test_the_page_of_the_conformance_kit_lists_every_law(laws: Sequence[Callable[..., None]]) -> None:
     page = (ROOT / "docs" / "conformance.md").read_text(encoding="utf-8")
     rows = [f"| `{law.__name__}` | {(law.__doc__ or '').strip().splitlines()[0]} |" for law in laws]
     assert "\n".join(rows) in page

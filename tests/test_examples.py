@@ -1,4 +1,4 @@
-"""The distribution in examples/: its parts keep their contracts, and once installed its kinds are known like ours."""
+"""The third-party distribution in examples/: conformance of its parts, and its kinds after an installation."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ from tests.test_docs import BLOCK, console_steps
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "examples" / "sma_shift"
 
-# In a process of its own, because what it registers would be known to every later test of this one.
+# Runs in a separate process, because its kinds would stay registered in the process of the tests.
 CONFORMS = """
 from sma import build, load_spec
 from sma.testing import check_router, check_submodule
@@ -39,7 +39,7 @@ def command(line: str, folder: Path, search_path: Path | str = "") -> subprocess
 
 
 @pytest.mark.slow
-def test_its_parts_conform_before_they_are_installed(folder: Path):
+def test_its_parts_pass_the_conformance_kit_without_an_installation(folder: Path):
     done = run(["-c", CONFORMS], folder, EXAMPLE / "src")
     assert done.returncode == 0, done.stderr
 
@@ -61,7 +61,7 @@ def test_the_page_shows_the_entry_points_of_the_example():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the example without its source, so that only what was installed can be imported."""
+    """A copy of the example without its source, so that only the installed package can be imported."""
     copy = tmp_path_factory.mktemp("example")
     for name in ("model.yaml", "README.md"):
         shutil.copy(EXAMPLE / name, copy / name)
@@ -71,7 +71,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder into which the example is installed; built from a copy, because setuptools writes beside its source."""
+    """A folder with the installed example, built from a copy, because setuptools writes next to the source."""
     copy, target = tmp_path_factory.mktemp("source") / "sma_shift", tmp_path_factory.mktemp("site")
     shutil.copytree(EXAMPLE, copy, ignore=shutil.ignore_patterns("__pycache__", "build", "*.egg-info"))
     install = [
@@ -92,14 +92,14 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_its_own_tests_pass_once_it_is_installed(folder: Path, site: Path):
+def test_its_own_tests_pass_after_an_installation(folder: Path, site: Path):
     done = run(["-m", "pytest", "-q", "-p", "no:cacheprovider", "--import-mode=importlib", "tests"], folder, site)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
 
 
 @pytest.mark.slow
-def test_its_readme_prints_what_it_says(folder: Path, site: Path):
+def test_commands_of_its_readme_have_the_output_in_the_readme(folder: Path, site: Path):
     blocks = [
         text
         for language, text in BLOCK.findall((folder / "README.md").read_text(encoding="utf-8"))
@@ -113,7 +113,7 @@ def test_its_readme_prints_what_it_says(folder: Path, site: Path):
 
 
 @pytest.mark.slow
-def test_its_kinds_are_known_only_where_it_is_installed(folder: Path, site: Path):
+def test_its_kinds_are_registered_only_if_it_is_installed(folder: Path, site: Path):
     assert {"token_shift", "novelty"} <= set(command("kinds", folder, site).stdout.split())
     described = command("describe model.yaml --build --length 100", folder, site)
     assert described.returncode == 0, described.stderr
@@ -125,7 +125,7 @@ def test_its_kinds_are_known_only_where_it_is_installed(folder: Path, site: Path
 
 
 @pytest.mark.slow
-def test_a_misspelt_kind_is_answered_with_the_one_of_the_third_party(folder: Path, site: Path):
+def test_the_error_for_a_misspelt_kind_suggests_the_third_party_kind(folder: Path, site: Path):
     settings = "--set layers.layer.modules.shift.kind=token_shfit --set layers.layer.router.kind=novlety"
     done = command(f"validate model.yaml {settings}", folder, site)
     assert done.returncode == 2
@@ -137,7 +137,7 @@ def test_a_misspelt_kind_is_answered_with_the_one_of_the_third_party(folder: Pat
 
 
 @pytest.mark.slow
-def test_a_broken_plugin_is_a_warning_and_leaves_the_other_one(folder: Path, site: Path, tmp_path: Path):
+def test_a_broken_plugin_gives_a_warning_and_other_plugins_still_load(folder: Path, site: Path, tmp_path: Path):
     broken = shutil.copytree(site, tmp_path / "broken")
     (broken / "sma_shift" / "novelty.py").write_text("raise OSError('no driver')\n")
     done = command("kinds", folder, broken)

@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom in a kernel of Jupyter, and show what they print and draw."""
+"""The notebooks run from top to bottom in a Jupyter kernel, with the committed outputs."""
 
 import re
 from pathlib import Path
@@ -13,7 +13,7 @@ from tests.test_site import load
 ROOT = Path(__file__).resolve().parents[1]
 RUN = load(ROOT / ".ci" / "run_notebooks.py")
 
-# What a reader is told, in the names of the notebook.
+# Claims of the text of each notebook, as assertions about its variables.
 HOLDS = {
     "compose_train_look": """
 assert evaluate(model)[0] > 0.85, evaluate(model)
@@ -42,9 +42,9 @@ def code_cells(notebook: Any) -> list[Any]:
 
 
 def shown(cell: Any) -> list[str]:
-    """What a cell shows, without the numbers, which differ between processors, and the pixels of pictures."""
+    """Outputs of a cell, with 0 for all numbers, which differ between processors, and types for figures."""
     texts = [re.sub(r"\s*-?\d[\d.,]*(e-?\d+)?", " 0", output.get("text", "")) for output in cell.outputs]
-    return texts + [kind for output in cell.outputs for kind in sorted(output.get("data", {}))]  # as files have them
+    return texts + [kind for output in cell.outputs for kind in sorted(output.get("data", {}))]  # sorted, as in files
 
 
 @pytest.mark.parametrize("path", [pytest.param(path, id=path.stem) for path in RUN.NOTEBOOKS])
@@ -62,7 +62,7 @@ def test_a_committed_notebook_was_run_once_from_top_to_bottom(path: Path) -> Non
     assert notebook.metadata.language_info == {"name": "python"}
 
 
-def test_every_notebook_has_its_conditions() -> None:
+def test_every_notebook_has_assertions() -> None:
     assert [path.stem for path in RUN.NOTEBOOKS] == sorted(HOLDS)
 
 
@@ -76,7 +76,7 @@ def test_a_cell_that_raises_fails(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("path", [pytest.param(path, id=path.stem) for path in RUN.NOTEBOOKS])
-def test_a_notebook_runs_and_shows_what_is_committed(path: Path, tmp_path: Path) -> None:
+def test_a_notebook_runs_with_the_committed_outputs(path: Path, tmp_path: Path) -> None:
     committed = code_cells(read(path))
     ran = code_cells(RUN.run(path, tmp_path, HOLDS[path.stem]))
     for before, after in zip(committed, ran[:-1], strict=True):

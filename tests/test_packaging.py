@@ -1,4 +1,4 @@
-"""What is installed: one import name, every file of the tree, and every kind."""
+"""The installed package: one import name, every file of the tree, and an entry point for every kind."""
 
 import os
 import shutil
@@ -23,7 +23,7 @@ def _python(program: str, cwd: Path, search_path: str = "") -> subprocess.Comple
 
 
 def _tree() -> set[str]:
-    """Every file of the four folders, by the name that it has when it is installed."""
+    """Every file of the four folders, by its installed name."""
     return {
         f"{inside}/{path.relative_to(ROOT / folder).as_posix()}"
         for folder, inside in FOLDERS.items()
@@ -36,8 +36,9 @@ def _tree() -> set[str]:
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from a copy: an old build/ folder would put deleted files into it. The copy has no links, as on
-    Windows.
+    """The wheel, built from a copy, because an old build/ folder would add deleted files.
+
+    The copy has no symbolic links, as on Windows.
     """
     copy = tmp_path_factory.mktemp("copy")
     for folder in FOLDERS:
@@ -71,7 +72,7 @@ def test_wheel_holds_the_licence_and_the_command(wheel: Path) -> None:
 
 
 @pytest.mark.slow
-def test_wheel_works_where_there_is_no_checkout(wheel: Path, tmp_path: Path) -> None:
+def test_wheel_works_without_a_checkout(wheel: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"
     install = [
         sys.executable,
@@ -102,7 +103,7 @@ def test_installed_package_is_importable_from_any_folder(tmp_path: Path) -> None
     assert result.returncode == 0, result.stderr
 
 
-def test_folders_of_the_user_never_shadow_ours(tmp_path: Path) -> None:
+def test_folders_of_the_user_do_not_shadow_the_package(tmp_path: Path) -> None:
     for name in ("modules", "recipes"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("mine = True\n")
@@ -122,14 +123,14 @@ for name in ("modules", "recipes", "tune"):
 """
 
 
-def test_bare_name_in_the_checkout_says_the_right_one() -> None:
+def test_import_of_a_bare_name_in_the_checkout_raises_with_the_right_name() -> None:
     assert _python(_IMPORT_BARE, ROOT).stdout.splitlines() == [
         f"ImportError this folder is a part of sma: write 'from sma.{name}… import …' instead of '{name}'"
         for name in ("modules", "recipes", "tune")
     ]
 
 
-def test_bare_name_is_not_installed(tmp_path: Path) -> None:
+def test_bare_names_are_not_installed(tmp_path: Path) -> None:
     assert _python(_IMPORT_BARE, tmp_path).stdout.splitlines() == [
         f"ModuleNotFoundError No module named {name!r}" for name in ("modules", "recipes", "tune")
     ]

@@ -1,4 +1,4 @@
-"""The checker of shapes remembers what it has checked, and checks everything else."""
+"""The shape checker skips combinations that it has checked, and raises for the same calls as jaxtyping."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ wrong = pytest.raises(jaxtyping.TypeCheckError)
 
 
 def product(a: Float[Tensor, "n k"], b: Float[Tensor, "k m"], scale: int = 1, cut: int = 0) -> Float[Tensor, "n m"]:
-    """A function whose result is wrong where something is cut off."""
+    """A matrix product; its result has the wrong shape if `cut` is not 0."""
     return scale * (a @ b)[cut:]
 
 
 def both() -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The function under jaxtyping's checker, and under the one that remembers."""
+    """The function with jaxtyping's checker, and with ours."""
     ours: Callable[..., Any] = shapes.jaxtyped(typechecker=shapes.check)(product)
     return jaxtyping._decorator.jaxtyped(typechecker=shapes.check)(product), ours
 
@@ -41,7 +41,7 @@ SIZES = st.tuples(*[st.integers(1, 2)] * 4)
 @given(
     calls=st.lists(st.tuples(SIZES, st.sampled_from([1, 2.5, None, "x"]), st.integers(0, 1), st.booleans()), max_size=8)
 )
-def test_every_sequence_of_calls_is_judged_as_without_a_memory(
+def test_every_sequence_of_calls_has_the_outcome_of_jaxtyping(
     calls: list[tuple[tuple[int, ...], Any, int, bool]],
 ) -> None:
     theirs, ours = both()
@@ -50,7 +50,7 @@ def test_every_sequence_of_calls_is_judged_as_without_a_memory(
         assert outcome(ours, a, b, scale, cut) == outcome(theirs, a, b, scale, cut)
 
 
-def test_a_wrong_result_is_found_after_right_ones_of_the_same_arguments() -> None:
+def test_a_wrong_result_raises_after_right_results_for_the_same_arguments() -> None:
     lengths = iter([2, 2, 3, 2])
 
     def drawn(x: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
@@ -64,7 +64,7 @@ def test_a_wrong_result_is_found_after_right_ones_of_the_same_arguments() -> Non
     assert ours(torch.ones(2)).shape == (2,)
 
 
-def test_the_items_of_lists_and_mappings_are_seen() -> None:
+def test_items_of_lists_and_mappings_are_checked() -> None:
     def first(items: list[Tensor], names: dict[str, int]) -> Tensor:
         return items[0]
 
@@ -75,7 +75,7 @@ def test_the_items_of_lists_and_mappings_are_seen() -> None:
             ours(items, names)
 
 
-def test_the_items_of_long_lists_are_seen() -> None:
+def test_items_of_long_lists_are_checked() -> None:
     def count(items: Sequence[int | None], names: dict[str, Any] | list[str]) -> tuple[int, str]:
         return len(items), "" if any(names) else None  # type: ignore[return-value]
 
@@ -88,7 +88,7 @@ def test_the_items_of_long_lists_are_seen() -> None:
                 ours(items, names)
 
 
-def test_a_list_that_holds_itself_is_checked_anew() -> None:
+def test_a_list_that_contains_itself_is_checked_in_every_call() -> None:
     def count(items: list[Any]) -> int:
         return len(items)
 
@@ -143,7 +143,7 @@ def test_users_have_no_checker(as_users_run: None) -> None:
         ours(torch.ones(1, 2), torch.ones(1, 2))
 
 
-def test_each_function_of_a_definition_is_the_one_that_runs_and_is_checked() -> None:
+def test_functions_of_one_nested_definition_share_checks_but_run_their_own_code() -> None:
     def scale(factor: Any) -> Callable[..., Any]:
         @shapes.jaxtyped(typechecker=shapes.check)
         def scaled(x: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
@@ -163,7 +163,7 @@ def test_each_function_of_a_definition_is_the_one_that_runs_and_is_checked() -> 
                 scale(factor)(1.0)
 
 
-def test_sizes_that_are_numbers_among_the_arguments_are_seen() -> None:
+def test_sizes_given_by_numeric_arguments_are_checked() -> None:
     def cut(x: Float[Tensor, "n"], size: int) -> Float[Tensor, "{size}"]:
         return x[:2]
 
@@ -173,7 +173,7 @@ def test_sizes_that_are_numbers_among_the_arguments_are_seen() -> None:
         ours(torch.ones(3), 3)
 
 
-def test_every_one_of_many_arguments_is_seen() -> None:
+def test_every_variadic_and_keyword_argument_is_checked() -> None:
     def total(*terms: int, **named: float) -> float:
         return sum(terms) + sum(named.values())
 
@@ -186,7 +186,7 @@ def test_every_one_of_many_arguments_is_seen() -> None:
                     ours(*args, **kwargs)
 
 
-def test_literals_and_unions_are_seen_by_value_and_by_class() -> None:
+def test_literals_are_checked_by_value_and_unions_by_class() -> None:
     def choose(way: Literal["up", "down"], height: float | None, kinds: tuple[int, ...] | None = None) -> bool | None:
         return None if height is None else height > 0
 

@@ -1,4 +1,4 @@
-"""The extensions of the site: links, docstrings and figures; tests/test_architecture.py has the reference itself."""
+"""Extensions of the site: links, docstrings and figures. tests/test_architecture.py tests the reference."""
 
 import importlib.util
 import re
@@ -21,7 +21,7 @@ def load(path: Path) -> ModuleType:
     return module
 
 
-def test_figures_are_those_that_the_script_draws() -> None:
+def test_committed_figures_equal_the_output_of_the_script() -> None:
     for name, draw in load(ROOT / "docs" / "draw.py").FIGURES.items():
         assert (ROOT / "docs" / name).read_text(encoding="utf-8") == draw()
 
@@ -35,12 +35,12 @@ def test_figures_are_those_that_the_script_draws() -> None:
         pytest.param("data.md", "routing.md", "routing.md", id="page-to-page"),
         pytest.param("site/contributing.md", "docs/data.md", "../data.md", id="page-outside-to-page"),
         pytest.param("site/guides.md", "contributing.md", "contributing.md", id="within-a-folder"),
-        pytest.param("site/example.md", "../../docs/data.md", "../data.md", id="deep-page-outside"),
+        pytest.param("site/example.md", "../../docs/data.md", "../data.md", id="nested-page-outside"),
         pytest.param("data.md", "../examples/a.py", "../examples/a.py", id="file-outside"),
         pytest.param("data.md", "https://arxiv.org/a", "https://arxiv.org/a", id="elsewhere"),
     ],
 )
-def test_links_lead_to_where_the_site_has_the_file(page: str, link: str, expected: str) -> None:
+def test_links_are_rewritten_to_the_location_in_the_site(page: str, link: str, expected: str) -> None:
     point = load(EXTENSIONS / "site_pages.py").point
     code = f"```\n[a]({link})\n```\n"
     assert point(f"[a]({link})\n{code}", page) == f"[a]({expected})\n{code}"
@@ -51,7 +51,7 @@ def test_no_line_of_a_page_is_lost_as_a_comment() -> None:
     outside_code = load(EXTENSIONS / "site_pages.py").outside_code
     lost = []
     for path in [*(ROOT / origin for origin in origins), *(ROOT / "docs").rglob("*.md")]:
-        # MyST reads a line that starts with % as a comment, such as "10" at the end of a line and "% of all" below it.
+        # MyST treats a line that starts with % as a comment, for example if "10 % of all" breaks after 10.
         outside_code(path.read_text(encoding="utf-8"), lambda prose: lost.extend(COMMENT.findall(prose)) or prose)
     assert lost == []
 
@@ -100,5 +100,5 @@ def test_hanging_indents_of_shapes_are_removed() -> None:
         pytest.param('<link rel="stylesheet" href="_static/site.css">', False, id="own-style"),
     ],
 )
-def test_what_a_page_loads_from_elsewhere_is_found(tag: str, loads: bool) -> None:
+def test_resources_loaded_from_other_hosts_are_found(tag: str, loads: bool) -> None:
     assert bool(load(ROOT / ".ci" / "build_site.py").LOADED.search(tag)) is loads

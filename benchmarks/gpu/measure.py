@@ -38,9 +38,9 @@ class Bench:
     """One phase on one device.
 
     Args:
-        results: where points go.
+        results: file of the points.
         phase: name of the phase.
-        device: `cuda` or `cpu`; on a CPU all sizes are toys.
+        device: `cuda` or `cpu`; on a CPU all sizes are small.
         until: `time.monotonic()` at which no further point begins.
     """
 
@@ -95,7 +95,7 @@ class Bench:
         """Median time of a step by the clock of the device, after warm-up steps.
 
         Args:
-            step: what is timed.
+            step: the timed function.
             seconds: about how long it is repeated.
             calls: number of calls that are timed together, for steps of few microseconds.
         """
@@ -126,7 +126,7 @@ class Bench:
         """Median time of a step on the device, without the host: calls in one CUDA graph.
 
         Args:
-            step: what is timed; it must not wait for the device.
+            step: the timed function, which must not wait for the device.
             seconds: about how long the graph is repeated.
             calls: number of calls in the graph.
         """
@@ -190,8 +190,8 @@ class Built(NamedTuple):
 
     Attributes:
         layer: the layer, in training mode.
-        inputs: several batches, so that no cache holds the next one.
-        rate: the activation rate it really has on the first.
+        inputs: several batches, so that the next one is in no cache.
+        rate: the actual activation rate on the first batch.
     """
 
     layer: RoutedLayer
@@ -203,11 +203,11 @@ def build_layer(bench: Bench, shape: Shape, rate: float, variant: str = "routed"
     """Build the layer of a preset and set its activation rate.
 
     Args:
-        bench: has the device.
+        bench: the phase, with its device.
         shape: preset, rows and length.
         rate: activation rate.
         variant: `routed`; `dense`, in which every token runs; or `without` the routed part.
-        seed: of the parameters and the inputs.
+        seed: seed of the parameters and the inputs.
     """
     torch.manual_seed(seed)
     width, spec = layer_spec(shape.model)

@@ -1,8 +1,8 @@
-"""The authors' algorithm for a layer, in our own words, as a peer and an oracle.
+"""A reimplementation of the authors' algorithm for a layer, as a baseline and a reference.
 
-It computes what `RoutedLayer` computes, with its parameters, in the way of the published implementation: the kernel of
-the moving average is a tensor of (D, N, L) numbers; active tokens are padded to the batch's longest row; queries in
-chunks of W see the keys of three chunks (causal: of two).
+It has the parameters and results of `RoutedLayer`, and the algorithm of the published implementation: the kernel of the
+moving average is a tensor of (D, N, L) numbers; active tokens are padded to the batch's longest row; queries in chunks
+of W attend to the keys of three chunks (causal: of two).
 """
 
 import math
@@ -23,7 +23,7 @@ class PaddedLayer(nn.Module):
     """A layer with an `ema`, the router `sma` and one `gau` with a window, run by the authors' algorithm.
 
     Args:
-        layer: has the parameters.
+        layer: the layer with the parameters.
     """
 
     def __init__(self, layer: RoutedLayer) -> None:

@@ -23,7 +23,7 @@ class TransformerLayer(nn.Module):
 
     Args:
         width: channels of every token.
-        heads: of the attention.
+        heads: number of attention heads.
         causal: whether tokens attend to earlier ones only.
         flash: whether the attention must be flash attention.
     """
@@ -140,7 +140,7 @@ def _flexible(window: int, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tens
     count = q.shape[0]
     mask = create_block_mask(near, None, None, count, count, device=q.device.type)
     attend = torch.compile(flex_attention)
-    # Its own tiles for 256 channels of values do not fit into shared memory.
+    # The default tiles of FlexAttention for 256 channels of values do not fit into shared memory.
     options: Any = {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_M1": 32, "BLOCK_N1": 32, "BLOCK_M2": 32, "BLOCK_N2": 32}
     options |= {"num_stages": 1, "num_warps": 4}
 

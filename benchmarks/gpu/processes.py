@@ -19,8 +19,8 @@ class Child(NamedTuple):
     """A process.
 
     Attributes:
-        name: of what it measures.
-        pid: its number, also that of its group.
+        name: name of its measurement.
+        pid: its process id, also that of its group.
     """
 
     name: str
@@ -33,10 +33,10 @@ def fork(results: Results, name: str, until: float, function: Callable[[], objec
     The parent must not have used the device: its context cannot be forked.
 
     Args:
-        results: where failures go.
-        name: of the phase.
-        until: `time.monotonic()` soon after which the process ends even if its parent is gone.
-        function: what it runs.
+        results: file of the failures.
+        name: name of the phase.
+        until: `time.monotonic()` soon after which the process ends even if its parent has ended.
+        function: the function to run.
         group: whether it leads a group of processes, which `end` ends with it.
     """
     sys.stdout.flush()

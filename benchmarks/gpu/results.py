@@ -17,7 +17,7 @@ class Results:
     """Appends records to the file of a folder, from any number of processes.
 
     Args:
-        folder: where the file is; the first record makes it.
+        folder: folder of the file; the first record creates it.
     """
 
     def __init__(self, folder: Path) -> None:

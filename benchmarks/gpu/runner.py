@@ -29,7 +29,7 @@ class Phase(NamedTuple):
 
     Attributes:
         name: its name.
-        seconds: its share of a run of 560 s; it also has what earlier phases leave.
+        seconds: its share of a run of 560 s; it also gets the unused time of earlier phases.
         run: measures its points.
     """
 
@@ -61,12 +61,12 @@ def measure(
     """Run phases.
 
     Args:
-        folder: where the points go; it must have none.
+        folder: folder of the points; it must have none.
         device: `cuda` or `cpu`.
         deadline: seconds after which the run ends.
-        command: what was typed, for the record.
-        commit: of the program; None: that of the checkout.
-        names: of the phases that run; default all. They share the time.
+        command: the command line, for the record.
+        commit: commit of the program; None: that of the checkout.
+        names: names of the phases to run, which share the time; default all.
 
     Returns:
         the exit status: 0, 143 after SIGTERM, 130 after an interrupt.
@@ -156,7 +156,7 @@ def _phase(phase: Phase, bench: Bench) -> None:
 
 
 def _describe(results: Results, device: str, until: float) -> None:
-    """Record what is measured.
+    """Record the device and the versions of the software.
 
     Raises:
         SystemExit: there is no such device.

@@ -46,8 +46,8 @@ def training_of(bench: Bench, repeatable: bool = False) -> Training:
     """The model for Text with random bytes and classes, and its optimiser.
 
     Args:
-        bench: has the device.
-        repeatable: leave out what differs from run to run: dropout, and the gradient of the bias tables.
+        bench: the phase, with its device.
+        repeatable: omit dropout and the gradient of the bias tables, which differ from run to run.
     """
     shape = bench.shapes["text"]
     torch.manual_seed(0)

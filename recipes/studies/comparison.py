@@ -42,7 +42,7 @@ class ComparisonOptions(StudyOptions):
     """The options of the comparison."""
 
     task: str = Field(default="listops", description=f"the task: {', '.join(TASKS)}, or several separated by commas")
-    preset: Literal["tiny", "paper"] = Field(
+    preset: Literal["tiny", "paper", "binary"] = Field(
         default="tiny", description="the SeqBoat experiment from which the baselines are derived"
     )
     variants: Names | None = variants_field(tuple(BASELINES))

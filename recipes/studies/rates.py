@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import reduce
 from operator import add
+from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -15,11 +16,13 @@ from sma.errors import SpecError
 from sma.model import SequenceModel
 from sma.recipes.experiment import ExperimentSpec
 from sma.recipes.io.option_parser import Names
+from sma.recipes.io.run_folder import SUMMARY, read_checked
 from sma.recipes.reports.figures import attempt
 from sma.recipes.reports.rates import FIGURE, draw_rates, rates_table
 from sma.recipes.reports.results import Summary
 from sma.recipes.reports.table import Table
 from sma.recipes.studies.contract import Begun, Chosen, Study, StudyOptions
+from sma.recipes.studies.folder import NEW, read_study
 from sma.recipes.studies.grid import Run
 from sma.recipes.studies.variants import with_routers
 from sma.recipes.tasks.batch import select_scored
@@ -40,8 +43,14 @@ class RatesOptions(StudyOptions):
     task: Literal["pathfinder", "mqar", "recall", "listops", "digits"] = Field(
         default="pathfinder", description="the task"
     )
-    preset: Literal["tiny"] = Field(default="tiny", description="tiny: minutes on one core for each model")
+    preset: Literal["tiny", "binary"] = Field(
+        default="tiny",
+        description="tiny: minutes on one core for each model; binary: ListOps of two arguments per operator",
+    )
     rates: Names = Field(default="0.05,0.1,0.2,0.4", description="activation rates at which models are trained")
+    beside: Names | None = Field(
+        default=None, description="folders of finished studies of rates, separated by commas, drawn in the same figure"
+    )
 
     @property
     def name(self) -> str:
@@ -53,9 +62,11 @@ class RatesChosen(Chosen):
 
     Attributes:
         rates: activation rates at which models are trained.
+        beside: absolute paths of the folders of other studies, drawn in the same figure.
     """
 
     rates: list[float] = Field(min_length=1)
+    beside: list[str] = Field(default=[])
 
 
 class Rates(Study[RatesOptions, RatesChosen]):
@@ -69,7 +80,21 @@ class Rates(Study[RatesOptions, RatesChosen]):
     figures: ClassVar[Sequence[str]] = (FIGURE,)
 
     def settings(self, options: RatesOptions) -> dict[str, Any]:
-        return {**super().settings(options), "rates": _rates(options.rates)}
+        beside = [str(Path(word.strip()).resolve()) for word in (options.beside or "").split(",") if word.strip()]
+        for folder in beside:
+            self.finished(folder)
+        return {**super().settings(options), "rates": _rates(options.rates), "beside": beside}
+
+    def finished(self, folder: str) -> Summary:
+        """Read the summary of a study of rates.
+
+        Raises:
+            SmaError: the folder holds none.
+        """
+        if not (Path(folder) / SUMMARY).is_file():
+            raise SpecError(f"{folder!r} is not the folder of a finished study of rates; give one, or omit --beside")
+        read_study(self, Path(folder))
+        return cast(Summary, read_checked(Path(folder) / SUMMARY, _is_summary, "the summary of a study", NEW))
 
     def names(self, spec: ExperimentSpec) -> dict[str, Sequence[str]]:
         return {"variants": ("trained", *ENDS)}
@@ -85,7 +110,7 @@ class Rates(Study[RatesOptions, RatesChosen]):
         if not any(layer.modules for layer in spec.model.layer_specs):
             raise SpecError("the experiment has no routed layer, so it has no activation rate; add modules to a layer")
 
-    def runs(self, spec: ExperimentSpec, chosen: RatesChosen, data: TaskData, out: Any) -> list[Run]:
+    def runs(self, spec: ExperimentSpec, chosen: RatesChosen, data: TaskData, out: Path) -> list[Run]:
         made = {variant_of(rate): _at(spec, rate) for rate in chosen.rates}
         made |= {name: with_routers(spec, router) for name, router in ENDS.items()}
         seeds = range(spec.seed, spec.seed + (chosen.seeds or 1))
@@ -106,11 +131,20 @@ class Rates(Study[RatesOptions, RatesChosen]):
             over = "each" if budget is None else budget.over
             points = rate_sweep(load(begun.out / rows[name]["name"] / "model"), data, CALIBRATED, over)
             found = {"calibrated": points, "calibrated_model": rows[name]["name"]}
-        attempt(f"the figure of the study in {begun.out}", lambda: draw_rates({**summary, **found}, begun.out))
+
+        def draw() -> Path:
+            others = [self.finished(folder) for folder in begun.chosen.beside]
+            return draw_rates([{**summary, **found}, *others], begun.out)
+
+        attempt(f"the figure of the study in {begun.out}", draw)
         return found
 
     def table(self, summary: Summary) -> Table:
         return rates_table(summary)
+
+
+def _is_summary(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("rows"), list) and bool(value["rows"])
 
 
 def variant_of(rate: float) -> str:

@@ -56,8 +56,10 @@ class TableOptions(StudyOptions):
     """The options of the table of routers."""
 
     task: Literal["listops", "pathfinder", "recall", "mqar"] = Field(default="listops", description="the task")
-    preset: Literal["tiny"] = Field(
-        default="tiny", description="listops: 108 runs of less than a minute on one core each; others: minutes each"
+    preset: Literal["tiny", "binary"] = Field(
+        default="tiny",
+        description="tiny: on listops 108 runs of less than a minute on one core each, on other tasks minutes each; "
+        "binary: ListOps of two arguments per operator, minutes each",
     )
     variants: Names | None = variants_field(ROUTERS)
     columns: Names | None = Field(
@@ -78,7 +80,8 @@ class TableOptions(StudyOptions):
 
     @property
     def name(self) -> str:
-        return f"{self.task}_router_table_{self.preset}" if self.task == "listops" else f"{self.task}_{self.preset}"
+        name = f"{self.task}_{self.preset}"
+        return "listops_router_table_tiny" if name == "listops_tiny" else name
 
 
 class TableChosen(Chosen):

@@ -20,7 +20,7 @@ class TrainOptions(RunOptions):
     preset: Annotated[str, Metavar(f"{{{','.join(PRESETS)}}}")] = Field(
         default=PRESETS[0],
         description="tiny: minutes on two cores; paper: the setting of the paper, if there is one; standard: the usual "
-        "setting of a synthetic task",
+        "setting of a synthetic task; binary: ListOps of two arguments per operator",
     )
 
     @property

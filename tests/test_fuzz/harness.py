@@ -1,5 +1,4 @@
-"""Runs a reader on malformed inputs in a process of its own, with bounds on memory and time, and counts what it did
-with them.
+"""Run a reader on malformed inputs in a separate process with limits on memory and time, and count the outcomes.
 
 `python -m tests.test_fuzz.harness tests.test_fuzz.test_archives:TAR 500 0` prints the counts of one target as JSON.
 """
@@ -22,10 +21,10 @@ from typing import Any
 from tests.forks import run_fork
 
 MEMORY = 2 << 30
-"""Bytes that a process may map beyond what it had after its imports."""
+"""Bytes that a process may map in addition to those mapped after its imports."""
 
 SECONDS = 10
-"""Seconds of processor time for one input."""
+"""Limit of processor time for one input, in seconds."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +32,9 @@ class Target:
     """A reader and the malformed inputs it is given.
 
     Attributes:
-        make: writes an input into the folder and returns what `read` gets, from random numbers alone.
-        read: reads it: returns, or raises one of the project's errors.
+        make: writes a random input into the folder and returns the argument of `read`. The input depends only on the
+            random generator.
+        read: reads the input; it must return or raise one of the project's errors.
     """
 
     make: Callable[[random.Random, Path], Any]
@@ -43,13 +43,13 @@ class Target:
 
 @dataclass(frozen=True)
 class Counts:
-    """What a reader did with malformed inputs.
+    """Outcomes of a reader on malformed inputs.
 
     Attributes:
-        tried: inputs.
-        named: of them refused with an error of the project, of one short line or a few.
-        accepted: of them read: the damage fell where it does not matter, or makes another valid input.
-        others: what else happened, by the number of the input: tracebacks, limits, errors too long to be read.
+        tried: number of inputs.
+        named: number of inputs refused with an error of the project of at most 4000 characters.
+        accepted: number of inputs read without an error: the damage had no effect or made another valid input.
+        others: other outcomes by input number: other exceptions, exceeded limits, longer error messages.
     """
 
     tried: int
@@ -59,7 +59,7 @@ class Counts:
 
 
 def fuzz(target: str, cases: int, seed: int = 0) -> Counts:
-    """Run the target `module:NAME` on `cases` inputs, in a process of its own."""
+    """Run the target `module:NAME` on `cases` inputs in a separate process."""
     with tempfile.TemporaryDirectory() as folder:
         done = run_fork("tests.test_fuzz.harness", target, cases, seed, folder=Path(folder), timeout=900)
     lines = done.stdout.splitlines()
@@ -69,7 +69,7 @@ def fuzz(target: str, cases: int, seed: int = 0) -> Counts:
 
 
 def mutate(rng: random.Random, content: bytes) -> bytes:
-    """Damage bytes in one to four of the ways in which files are damaged or forged."""
+    """Apply one to four random edits: truncate, delete, insert, overwrite, flip a bit, or write an extreme integer."""
     data = bytearray(content)
     for _ in range(rng.randint(1, 4)):
         at = rng.randrange(len(data) + 1)
@@ -98,7 +98,7 @@ def mutate(rng: random.Random, content: bytes) -> bytes:
 
 
 class _TooSlow(BaseException):
-    """The time for one input is over; no handler of errors may catch it."""
+    """Time limit of one input exceeded. It derives from BaseException so that `except Exception` does not catch it."""
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

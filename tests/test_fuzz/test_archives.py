@@ -1,4 +1,4 @@
-"""Damaged and forged archives: unpacked whole, or refused in a sentence, and nothing is left or written elsewhere."""
+"""Damaged and forged archives are unpacked completely or refused with an error; no file is written elsewhere."""
 
 import bz2
 import gzip
@@ -59,7 +59,7 @@ _PACKERS: list[Callable[[bytes], bytes]] = [
 
 
 def _forge_header(rng: random.Random, tar: bytearray) -> None:
-    """Change a field of a header, and make its checksum right again, so that what it says is taken seriously."""
+    """Change a field of a header and correct the checksum, so that the reader accepts the header."""
     heads = [at for at in range(0, len(tar), 512) if tar[at + 257 : at + 262] == b"ustar"]
     at = rng.choice(heads)
     field, length = rng.choice(
@@ -80,7 +80,7 @@ def _forge_header(rng: random.Random, tar: bytearray) -> None:
 
 
 def _forge_attributes(rng: random.Random) -> bytes:
-    """A tar whose member has attributes as no program writes them."""
+    """A tar with invalid pax attributes."""
     keys = (
         "GNU.sparse.map",
         "GNU.sparse.size",
@@ -124,7 +124,7 @@ def _make_tar(rng: random.Random, folder: Path) -> Path:
 
 def _make_zip(rng: random.Random, folder: Path) -> Path:
     content = bytearray(rng.choice(_ZIPS))
-    if rng.random() < 0.7:  # a field of a header, of the directory or of its end
+    if rng.random() < 0.7:  # a field of a header, of the directory or of the end record
         marks = [
             at
             for mark in (b"PK\1\2", b"PK\3\4", b"PK\5\6")
@@ -144,7 +144,7 @@ def _make_zip(rng: random.Random, folder: Path) -> Path:
 
 
 def _unpack(path: Path) -> None:
-    """Unpack, and raise where something is left or stands outside of the folder."""
+    """Unpack; raise if a refused archive leaves files behind or an accepted one writes outside the folder."""
     before = {path.parent, path}
     try:
         unpack_archive(path, path.parent / "out")

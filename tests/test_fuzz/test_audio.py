@@ -1,4 +1,4 @@
-"""Damaged recordings: every WAV file is read, or refused in a sentence."""
+"""Damaged WAV files are read or refused with an error."""
 
 import random
 import struct

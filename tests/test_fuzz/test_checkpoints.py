@@ -1,6 +1,4 @@
-"""Saved models and states that are damaged or forged: refused in a sentence, or read as another model or state that is
-whole.
-"""
+"""Damaged and forged files of models and states are refused with an error or read as another complete one."""
 
 import json
 import random
@@ -52,13 +50,13 @@ MODEL_FILE, STATE_FILE, STREAMING = _saved()
 
 
 def _damaged(rng: random.Random, content: bytes) -> bytes:
-    """A file with other bytes, another header, another spec, or several of these."""
+    """A file with changed bytes, a changed header, a changed spec, or several of these."""
     way = rng.randrange(5)
     if way == 0:
         return mutate(rng, content)
     length = struct.unpack("<Q", content[:8])[0]
     header, data = json.loads(content[8 : 8 + length]), content[8 + length :]
-    if way == 1:  # its text
+    if way == 1:  # text of the header
         text = mutate(rng, content[8 : 8 + length])
         if rng.random() < 0.2:
             at = rng.randrange(len(text) + 1)
@@ -85,7 +83,7 @@ def _text(value: Any) -> bytes:
 
 
 def _changed(rng: random.Random, value: Any) -> Any:
-    """JSON with one thing in it replaced, removed, added, renamed, exchanged or made very deep."""
+    """JSON with one part replaced, removed, added, renamed, exchanged or nested very deep."""
     if rng.random() < 0.8 and isinstance(value, dict) and value:
         key = rng.choice(list(value))
         return value | {key: _changed(rng, value[key])}
@@ -117,7 +115,7 @@ def _model(rng: random.Random, folder: Path) -> Path:
 
 
 def _load(folder: Path) -> SequenceModel:
-    """Load a model and save it: what is accepted is whole."""
+    """Load a model, save it and load it again: a model that is accepted must be complete."""
     model = sma.load(folder)
     sma.save(model, folder)
     assert dump_spec(sma.load(folder).spec) == dump_spec(model.spec)
@@ -126,7 +124,7 @@ def _load(folder: Path) -> SequenceModel:
 
 def _state(rng: random.Random, folder: Path) -> Path:
     content = _damaged(rng, STATE_FILE)
-    if rng.random() < 0.3:  # counts and positions, which say how much is looked at
+    if rng.random() < 0.3:  # counts and positions, which determine how much of the state is read
         at = STATE_FILE.index(b"}}") + 2 + 8 * rng.randrange(10)
         content = (
             STATE_FILE[:at]
@@ -139,7 +137,7 @@ def _state(rng: random.Random, folder: Path) -> Path:
 
 @torch.no_grad()
 def _continue(path: Path) -> None:
-    """Load a state and go on from it: what is accepted can be used."""
+    """Load a state and continue the stream: a state that is accepted must be usable."""
     state = sma.load_state(path, STREAMING.init_state(1))
     STREAMING(STREAMING.encoder.random_inputs(state.batch_size, 3), state=state)
 
@@ -150,7 +148,7 @@ STATES = Target(_state, _continue)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("target", "cases"), [("MODELS", 500), ("STATES", 1000)])
-def test_damaged_files_are_named(target: str, cases: int) -> None:
+def test_damaged_files_are_read_or_refused(target: str, cases: int) -> None:
     counts = fuzz(f"{__name__}:{target}", cases)
     print(target, counts)
     assert counts.others == {}

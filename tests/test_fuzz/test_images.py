@@ -1,4 +1,4 @@
-"""Damaged images and arrays: read, or refused in a sentence."""
+"""Damaged images and arrays are read or refused with an error."""
 
 import io
 import random
@@ -39,13 +39,13 @@ def _make_png(rng: random.Random, folder: Path) -> Path:
     way = rng.random()
     if way < 0.4:
         content = mutate(rng, content)
-    elif way < 0.7:  # a header that is whole, and says something else
+    elif way < 0.7:  # a complete header with other values
         fields = [_SIDE, _SIDE, 8, 0, 0, 0, 0]
         for _ in range(rng.randint(1, 2)):
             at = rng.randrange(7)
             fields[at] = rng.choice(_NUMBERS) if at < 2 else rng.choice((0, 1, 2, 3, 4, 6, 8, 16, 255))
         content = content[:8] + _chunk(b"IHDR", struct.pack(">IIBBBBB", *fields)) + content[33:]
-    else:  # a chunk more, that may be anything
+    else:  # an additional chunk with arbitrary content
         kinds = (
             b"tRNS",
             b"PLTE",

@@ -1,6 +1,4 @@
-"""Run folders with damaged and forged files: whoever reads them names the file, and never runs, allocates or waits for
-what it says.
-"""
+"""Run folders with damaged or forged files: readers name the file and neither execute, allocate nor block on it."""
 
 import functools
 import json
@@ -66,7 +64,7 @@ TENSORS: tuple[Callable[[], torch.Tensor], ...] = (
 
 @functools.cache
 def _sources() -> tuple[Any, Path, Path]:
-    """The data, a run that stopped after 3 of 6 updates, and one that is finished."""
+    """The data, a run that stopped after 3 of 6 updates, and a finished run."""
     folder = Path(tempfile.mkdtemp())
     data = tiny_data(folder / "data")
     with power_failure(4):
@@ -79,7 +77,7 @@ def _sources() -> tuple[Any, Path, Path]:
 
 
 def _forge(rng: random.Random, value: Any, depth: int = 0) -> Any:
-    """A copy of nested containers in which one value is another, or is missing."""
+    """A copy of nested containers in which one value is replaced or missing."""
     if isinstance(value, dict) and value and depth < rng.randint(1, 6):
         key = rng.choice(list(value))
         return {name: _forge(rng, part, depth + 1) if name == key else part for name, part in value.items()}
@@ -93,7 +91,7 @@ def _forge(rng: random.Random, value: Any, depth: int = 0) -> Any:
 
 
 def _replace(rng: random.Random, path: Path) -> None:
-    """Put something in the place of a file that is not its content."""
+    """Replace a file by a folder, a pipe, or other content."""
     way = rng.randrange(10)
     content = path.read_bytes()
     if way == 0:
@@ -125,7 +123,7 @@ def _stopped(rng: random.Random, folder: Path) -> Path:
     return run
 
 
-def _looked_at(run: Path) -> None:
+def _inspect(run: Path) -> None:
     state = checkpoint_to_resume(SPEC, run, _sources()[0].hashes, True)
     if state is not None:
         check_weights(_learner(), state, run / LAST)
@@ -174,7 +172,7 @@ def _read(run: Path) -> None:
     load_experiment(run / EXPERIMENT)
 
 
-STOPPED = Target(_stopped, _looked_at)
+STOPPED = Target(_stopped, _inspect)
 RESUMED = Target(_stopped, _resumed)
 ENDED = Target(_ended, _read)
 
@@ -182,7 +180,7 @@ ENDED = Target(_ended, _read)
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("target", "cases"), [("STOPPED", 500), ("RESUMED", 40), ("ENDED", 800)])
-def test_damaged_files_of_a_run_are_named(target: str, cases: int) -> None:
+def test_damaged_files_of_a_run_are_read_or_refused(target: str, cases: int) -> None:
     counts = fuzz(f"{__name__}:{target}", cases)
     print(target, counts)
     assert counts.others == {}

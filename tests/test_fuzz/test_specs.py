@@ -1,4 +1,4 @@
-"""Specs, experiments, sweeps, settings and the command line on malformed inputs: read, or refused in a sentence."""
+"""Malformed specs, experiments, sweeps, settings and command lines are read or refused with an error."""
 
 import copy
 import random
@@ -34,7 +34,7 @@ SPECS, EXPERIMENTS, SWEEPS = (
     _texts("sma.tune", "presets"),
 )
 
-# Values as YAML text, with % for blanks.
+# Values as YAML text, with % in place of spaces.
 SCALARS = [
     word.replace("%", " ")
     for line in (
@@ -265,7 +265,7 @@ COMMANDS = Target(_command, _run)
         ("COMMANDS", 80),
     ],
 )
-def test_malformed_input_is_read_or_named(target: str, cases: int) -> None:
+def test_malformed_input_is_read_or_refused(target: str, cases: int) -> None:
     counts = fuzz(f"{__name__}:{target}", cases)
     print(target, counts)
     assert counts.others == {}

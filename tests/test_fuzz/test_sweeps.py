@@ -1,6 +1,4 @@
-"""The files that a sweep reads again, damaged: records, clock, drivers, the sweep itself and the histories of its
-trials.
-"""
+"""Damaged files of a sweep: records, clock, drivers, the sweep itself and the histories of its trials."""
 
 import json
 import os
@@ -54,7 +52,7 @@ STRANGE: tuple[Any, ...] = (
 
 
 def change(rng: random.Random, value: Any) -> Any:
-    """Plain data with another value, of another type as likely as not, somewhere."""
+    """A copy of plain data in which one value is replaced, often by one of another type."""
     if isinstance(value, dict) and value and rng.random() < 0.8:
         key = rng.choice(sorted(value))
         if rng.random() < 0.1:
@@ -86,7 +84,7 @@ def make_folder(rng: random.Random, folder: Path) -> Storage:
 
 
 def read_folder(storage: Storage) -> None:
-    """All that is made of the records, but for the drawing."""
+    """Read the records and make every result of them except the figures."""
     records = load_records(storage, PLAIN)
     load_clock(storage), load_drivers(storage)
     json.dumps(summarise(records, PLAIN, storage), allow_nan=False)
@@ -122,7 +120,7 @@ HISTORIES = Target(make_history, read_history)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "cases"), [("RECORDS", 600), ("SWEEP", 60), ("HISTORIES", 400)])
-def test_damaged_files_of_a_sweep_are_named(name: str, cases: int) -> None:
+def test_damaged_files_of_a_sweep_are_read_or_refused(name: str, cases: int) -> None:
     counts = fuzz(f"tests.test_fuzz.test_sweeps:{name}", cases)
     print(name, counts)
     assert counts.others == {}
@@ -132,7 +130,7 @@ def test_damaged_files_of_a_sweep_are_named(name: str, cases: int) -> None:
 
 @pytest.mark.parametrize("name", ["sweep.yaml", "clock.json", "drivers.json", "records/0001.json"])
 @pytest.mark.parametrize("kind", ["pipe", "folder"])
-def test_what_is_no_file_is_named_and_not_waited_for(name: str, kind: str, tmp_path: Path) -> None:
+def test_a_path_that_is_not_a_plain_file_is_refused_without_blocking(name: str, kind: str, tmp_path: Path) -> None:
     storage = Storage(tmp_path)
     for each, content in FILES.items():
         storage.write(each, json.dumps(content))

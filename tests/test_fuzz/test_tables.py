@@ -1,4 +1,4 @@
-"""Damaged tables and lists: read, or refused in a sentence that names the file."""
+"""Damaged tables and lists are read or refused with an error that names the file."""
 
 import json
 import logging
@@ -44,7 +44,7 @@ _WORDS = (
 
 
 def _damage(rng: random.Random, content: bytes) -> bytes:
-    """Bytes as they are damaged, or words where they do not belong, or lines in another order."""
+    """Mutate bytes, insert words at random offsets, or shuffle and drop lines."""
     way = rng.random()
     if way < 0.4:
         return mutate(rng, content)
@@ -139,7 +139,7 @@ def _make_reviews(rng: random.Random, folder: Path) -> Path:
 
 
 def _read_reviews(folder: Path) -> None:
-    logging.disable()  # it says how many there are
+    logging.disable()  # the loader logs the number of reviews
     load_imdb(ImdbSettings(validation=0.4, length=100), folder, progress=False)
 
 

@@ -1,4 +1,4 @@
-"""transformers and torchvision, where they are installed: `make test-extras` puts both beside the environment."""
+"""Imports of transformers and torchvision, if installed; `make test-extras` installs both in `.venv/interop`."""
 
 import importlib
 import importlib.util
@@ -14,8 +14,8 @@ _MISSING = torch.library.Library("torchvision", "FRAGMENT")
 def _import_torchvision() -> bool:
     """Import torchvision, if it is installed.
 
-    A build of torchvision for another build of torch, such as one with CUDA, cannot load its compiled operators, and
-    its import fails when it describes their shapes. Its models in Python need none of them.
+    If it was built for another build of torch, such as one with CUDA, it cannot load its compiled operators, and its
+    import fails when it registers their shapes. Its models use none of them, so the missing ones are defined here.
     """
     if importlib.util.find_spec("torchvision") is None:
         return False
@@ -33,6 +33,6 @@ def _import_torchvision() -> bool:
             return True
 
 
-# First, because transformers imports torchvision where it is installed.
+# Imported first, because transformers imports torchvision if it is installed.
 HAS_TORCHVISION = _import_torchvision()
 transformers = pytest.importorskip("transformers", reason="needs transformers: make test-extras")

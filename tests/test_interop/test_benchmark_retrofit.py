@@ -1,4 +1,4 @@
-"""The benchmark of retrofitted models: what it counts, and that an interrupted run resumes."""
+"""Benchmark of retrofitted models: its counts of MACs, and the resumption of an interrupted run."""
 
 import json
 import sys
@@ -14,13 +14,13 @@ SMALL = ["--width", "16", "--hidden", "24", "--layers", "2", "--heads", "2", "--
 SHORT = [*SMALL, "--dense", "3", "--routers", "2", "--everything", "2"]
 
 
-def test_counted_macs_are_those_of_the_matrix_products():
+def test_macs_equal_the_counted_matrix_products():
     plan = retrofit.Plan(width=16, hidden=24, layers=2, heads=2, context=32)
     model = retrofit.llama(plan)
     assert isinstance(model, transformers.LlamaForCausalLM)
     with FlopCounterMode(display=False) as counter:
         model(input_ids=torch.zeros(1, plan.context, dtype=torch.long))
-    # It counts two operations for a MAC, and not those of the fused attention: scores and sums, of half of the pairs.
+    # The counter counts two operations per MAC and omits the fused attention: scores and sums for half of the pairs.
     pairs = 2 * plan.layers * plan.width * (plan.context + 1) / 2
     assert retrofit.macs_per_byte(plan, None) - pairs == counter.get_total_flops() / 2 / plan.context
     half = retrofit.macs_per_byte(plan, [0.5, 0.5])

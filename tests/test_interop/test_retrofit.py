@@ -46,7 +46,7 @@ def _torchvision_vit() -> nn.Module:
     from torchvision.models.vision_transformer import VisionTransformer
 
     model = VisionTransformer(8, 4, 2, 2, 16, 32, num_classes=5)
-    nn.init.normal_(model.heads.head.weight)  # which is zeros
+    nn.init.normal_(model.heads.head.weight)  # it is initialised to 0
     return model
 
 
@@ -101,20 +101,20 @@ def output_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float64, torch.bfloat16], ids=["float32", "float64", "bfloat16"]
 )
-def test_with_everything_active_the_model_is_the_original_bit_by_bit(name, dtype):
+def test_with_all_tokens_active_the_model_equals_the_original_bit_by_bit(name, dtype):
     inputs = {key: each.to(dtype) if each.is_floating_point() else each for key, each in inputs_of(name).items()}
     assert torch.equal(output_of(made(name, dtype, OPEN), inputs), output_of(made(name, dtype), inputs))
 
 
 @models
-def test_with_everything_active_under_autocast_the_model_is_the_original_bit_by_bit(name):
+def test_with_all_tokens_active_under_autocast_the_model_equals_the_original_bit_by_bit(name):
     with torch.autocast("cpu", torch.bfloat16):
         found, wanted = (output_of(made(name, router=router), inputs_of(name)) for router in (OPEN, None))
     assert torch.equal(found, wanted)
 
 
 def blocks_of(name: str, model: nn.Module) -> list[nn.Module]:
-    """The modules whose results a skipped token goes without, layer by layer."""
+    """The modules whose results are 0 for skipped tokens, layer by layer."""
     words = {"llama": "mlp", "gpt2": "mlp", "bert": "output.dropout", "vit": "mlp", "torchvision": "mlp"}[name]
     found = [part for path, part in model.named_modules() if path.endswith(words) and "attention.output" not in path]
     assert len(found) == 2
@@ -123,7 +123,7 @@ def blocks_of(name: str, model: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def skipping(blocks: list[nn.Module], decisions: list[Decision]) -> Iterator[None]:
-    """Zeros in place of what the blocks return for inactive tokens."""
+    """Set the results of the blocks to 0 for inactive tokens."""
     hooks = [
         block.register_forward_hook(lambda _, __, result, active=decision.active: result * active)
         for block, decision in zip(blocks, decisions, strict=True)
@@ -134,7 +134,7 @@ def skipping(blocks: list[nn.Module], decisions: list[Decision]) -> Iterator[Non
 
 
 @models
-def test_skipped_tokens_go_without_the_block_and_others_do_not_notice(name):
+def test_skipped_tokens_get_zeros_from_the_block_and_others_are_unchanged(name):
     inputs = inputs_of(name)
     model, original = made(name, router=HALF), made(name)
     with collect_decisions(model, valid_of(inputs)) as decisions:
@@ -146,7 +146,7 @@ def test_skipped_tokens_go_without_the_block_and_others_do_not_notice(name):
 
 
 @models
-def test_the_routers_learn_and_undo_gives_the_original_back(name):
+def test_only_the_routers_get_gradients_and_undo_restores_the_original(name):
     model, original, inputs = made(name), made(name), inputs_of(name)
     handle = retrofit(model, {MODELS[name][1]: HALF}, train="routers")
     valid = valid_of(inputs)
@@ -180,7 +180,7 @@ def test_a_total_budget_and_calibration_reach_their_rate(name):
     assert abs(float(rates.mean()) - 0.3) <= 1 / tokens
     data = next(iter(inputs.values()))
     batches = [data if valid is None else (data, valid)]
-    if valid is not None:  # of images the model makes other tokens than there are numbers
+    if valid is not None:  # the tokens of image models are not the elements of the input
         counted = handle.calibrate(batches, 0.6, tolerance=1 / tokens)
         assert (counted.rates - 0.6).abs().max() <= 1 / tokens
 
@@ -207,11 +207,11 @@ def test_gradient_checkpointing_changes_no_gradient_and_collects_once(name, reen
 
 
 @texts
-def test_padding_on_the_left_changes_no_token(name):
+def test_left_padding_changes_no_token(name):
     inputs = inputs_of(name, left=True)
     model = made(name, torch.float64, HALF)
     alone = {key: each[1:, 3:] for key, each in inputs.items()}
-    if name != "llama":  # whose positions are relative
+    if name != "llama":  # Llama has relative positions
         inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
     found = output_of(model, inputs)[1:, 3:]
     torch.testing.assert_close(found, output_of(model, alone))
@@ -221,7 +221,7 @@ def test_padding_on_the_left_changes_no_token(name):
 @pytest.mark.parametrize(
     "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
 )
-def test_copies_compute_the_same_and_collect_their_own(name, copied):
+def test_copies_have_equal_outputs_and_collect_their_own_decisions(name, copied):
     model, inputs = made(name, router=HALF), inputs_of(name)
     other = copied(model)
     with collect_decisions(other) as decisions:
@@ -230,7 +230,7 @@ def test_copies_compute_the_same_and_collect_their_own(name, copied):
 
 
 @models
-def test_weights_load_into_a_model_that_is_retrofitted_alike(name):
+def test_weights_load_into_a_model_with_the_same_retrofit(name):
     model, other, inputs = made(name, router=HALF), made(name, router=HALF), inputs_of(name)
     with torch.no_grad():
         for parameter in other.parameters():
@@ -240,7 +240,7 @@ def test_weights_load_into_a_model_that_is_retrofitted_alike(name):
 
 
 @causal
-def test_generation_with_a_cache_is_generation_without(name):
+def test_generation_with_a_cache_equals_generation_without(name):
     model = made(name, router=HALF)
     prompt = torch.randint(1, 20, (2, 4), generator=generator(3))
     cached, plain = (
@@ -251,7 +251,7 @@ def test_generation_with_a_cache_is_generation_without(name):
 
 
 @causal
-def test_generation_from_a_padded_prompt_is_that_of_the_prompt_alone(name):
+def test_generation_from_a_padded_prompt_equals_that_of_the_prompt_alone(name):
     model, inputs = made(name, torch.float64, HALF), inputs_of(name, left=True)
     options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     together = model.generate(**inputs, **options)
@@ -260,7 +260,7 @@ def test_generation_from_a_padded_prompt_is_that_of_the_prompt_alone(name):
 
 
 @causal
-def test_every_step_of_a_generation_is_collected(name):
+def test_decisions_of_every_generation_step_are_collected(name):
     model = made(name, router=HALF)
     prompt = torch.randint(1, 20, (2, 4), generator=generator(3))
     with collect_decisions(model) as decisions:
@@ -269,7 +269,7 @@ def test_every_step_of_a_generation_is_collected(name):
 
 
 def compare_compiled(name: str, backend: str) -> None:
-    """Check that a compiled model computes what the model computes, and that its decisions are collected."""
+    """Assert that a compiled model has the outputs and decisions of the uncompiled one."""
     model, inputs = made(name, router=HALF), inputs_of(name)
     compiled: Callable[..., Any] = torch.compile(model, backend=backend)
     with torch.no_grad():
@@ -286,8 +286,8 @@ def compare_compiled(name: str, backend: str) -> None:
 @pytest.mark.parametrize(
     ("name", "backend"), [*((name, "aot_eager") for name in MODELS), pytest.param("llama", "inductor")]
 )
-def test_a_compiled_model_computes_the_same_and_is_collected(name, backend):
-    # In a process of its own, because a compiler cannot trace the shape checker of the tests.
+def test_a_compiled_model_has_equal_outputs_and_decisions(name, backend):
+    # In a separate process, because a compiler cannot trace the shape checker of the tests.
     program = f"from tests.test_interop.test_retrofit import compare_compiled; compare_compiled({name!r}, {backend!r})"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.stdout.strip() == "equal", done.stderr

@@ -1,4 +1,4 @@
-"""The numbers of the SeqBoat authors: weights in, outputs, decisions and gradients as recorded, weights back out."""
+"""Comparison with recordings of the SeqBoat authors' code: outputs, decisions, gradients, and conversion of weights."""
 
 import json
 from functools import cache
@@ -62,7 +62,7 @@ class Case(NamedTuple):
 
 
 class Played(NamedTuple):
-    """What our module made of a case."""
+    """Results of our module for a recorded case."""
 
     output: Tensor
     decisions: tuple[Decision, ...]
@@ -98,20 +98,20 @@ def assert_near(found: Tensor, wanted: Tensor) -> None:
     assert ((found - wanted).abs() <= 1e-5 * (1 + wanted.abs())).all(), f"off by {(found - wanted).abs().max()}"
 
 
-def test_the_repository_holds_every_recorded_case() -> None:
+def test_the_repository_has_every_recorded_case() -> None:
     assert {path.name for path in DATA.iterdir()} == {"README.md"} | {
         f"{name}.{ending}" for name in NAMES for ending in ("json", "safetensors")
     }
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the recordings that ours were copied from are not on this machine")
-def test_the_copies_are_the_recordings() -> None:
+def test_the_copies_equal_the_recordings() -> None:
     assert {path.name for path in SHARED.iterdir()} == {path.name for path in DATA.iterdir()}
     assert [path.name for path in SHARED.iterdir() if path.read_bytes() != (DATA / path.name).read_bytes()] == []
 
 
 @every_case
-def test_output_is_the_authors(name: str) -> None:
+def test_output_equals_that_of_the_authors(name: str) -> None:
     case, ours = recorded(name), played(name)
     wanted = case.tensors["output"]
     assert ours.output.shape == wanted.shape
@@ -133,7 +133,7 @@ def test_the_same_tokens_are_active(name: str) -> None:
 
 
 @every_case
-def test_confidence_is_the_authors(name: str) -> None:
+def test_confidence_equals_that_of_the_authors(name: str) -> None:
     case, ours = recorded(name), played(name)
     for place, decision in enumerate(ours.decisions):
         confidence = decision.confidence[..., 0][case.valid]
@@ -144,14 +144,14 @@ def test_confidence_is_the_authors(name: str) -> None:
 
 
 @every_case
-def test_rates_are_the_authors(name: str) -> None:
+def test_rates_equal_those_of_the_authors(name: str) -> None:
     case, ours = recorded(name), played(name)
     rates = case.info["activation_rate_per_layer"] or [1.0]
     assert [decision.rate(case.valid).item() for decision in ours.decisions] == pytest.approx(rates, abs=6e-4)
 
 
 @every_case
-def test_gradient_of_the_input_is_the_authors(name: str) -> None:
+def test_gradient_of_the_input_equals_that_of_the_authors(name: str) -> None:
     case, ours = recorded(name), played(name)
     if "grad_input" in case.tensors:
         assert ours.grad_input is not None
@@ -159,17 +159,17 @@ def test_gradient_of_the_input_is_the_authors(name: str) -> None:
 
 
 @every_case
-def test_gradients_of_the_weights_are_the_authors(name: str) -> None:
-    # In float64, so that the rounding of sums that cancel is that of the recording alone, on any processor.
+def test_gradients_of_the_weights_equal_those_of_the_authors(name: str) -> None:
+    # In float64, so that only the recording has rounding errors in sums that cancel.
     wanted, found = recorded(name).under("grad/"), played(name, torch.float64).gradients
     assert {key: tensor.shape for key, tensor in found.items()} == {key: tensor.shape for key, tensor in wanted.items()}
     assert [key for key, tensor in wanted.items() if not (found[key] - tensor).norm() <= 1e-4 * tensor.norm()] == []
 
 
 @every_case
-def test_weights_come_back_as_they_came(name: str) -> None:
+def test_to_reference_undoes_from_reference(name: str) -> None:
     case = recorded(name)
-    # A constant of the authors, computed from the width, is no weight and is not kept.
+    # The authors' inv_freq is a constant, computed from the width, and not a weight.
     wanted = {key: tensor for key, tensor in case.weights().items() if not key.endswith("inv_freq")}
     found = to_reference(case.build())
     assert set(found) == set(wanted)
@@ -179,7 +179,7 @@ def test_weights_come_back_as_they_came(name: str) -> None:
 
 
 @every_case
-def test_a_second_trip_changes_nothing(name: str) -> None:
+def test_a_second_conversion_changes_nothing(name: str) -> None:
     case = recorded(name)
     once = to_reference(case.build())
     again = to_reference(from_reference(case.info["kind"], case.info["config"], once))
@@ -187,7 +187,7 @@ def test_a_second_trip_changes_nothing(name: str) -> None:
 
 
 @every_case
-def test_every_parameter_of_ours_is_one_of_theirs(name: str) -> None:
+def test_the_number_of_parameters_equals_that_of_the_authors(name: str) -> None:
     case = recorded(name)
     module = case.build()
     assert sum(tensor.numel() for tensor in module.parameters()) == sum(
@@ -195,7 +195,7 @@ def test_every_parameter_of_ours_is_one_of_theirs(name: str) -> None:
     )
 
 
-def test_what_is_given_back_is_a_copy() -> None:
+def test_to_reference_returns_copies() -> None:
     module = recorded("causal_softmax_rotary").build()
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     for tensor in to_reference(module).values():
@@ -203,7 +203,7 @@ def test_what_is_given_back_is_a_copy() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
 
 
-def test_loading_leaves_the_given_tensors_alone() -> None:
+def test_from_reference_copies_the_given_tensors() -> None:
     case = recorded("causal_softmax_rotary")
     copies = {key: tensor.clone() for key, tensor in case.weights().items()}
     module = case.build()
@@ -214,7 +214,7 @@ def test_loading_leaves_the_given_tensors_alone() -> None:
 
 
 def changed(**changes: Tensor | None) -> dict[str, Tensor]:
-    """The weights of one case with some tensors replaced, or left out; `__` stands for a dot."""
+    """The weights of one case with some tensors replaced, or removed if None; `__` stands for a dot."""
     weights = recorded("causal_softmax_rotary").weights()
     for name, tensor in changes.items():
         key = name.replace("__", ".")
@@ -296,7 +296,7 @@ def test_an_unknown_kind_is_refused() -> None:
         ({"activation": "gelu"}, "activation='gelu' of the authors' modules is not supported here; .*known: silu$"),
     ],
 )
-def test_a_name_of_the_authors_without_an_equal_is_refused(changes: dict[str, Any], complaint: str) -> None:
+def test_an_unsupported_value_of_the_authors_config_is_refused(changes: dict[str, Any], complaint: str) -> None:
     case = recorded("causal_softmax_rotary")
     with pytest.raises(CheckpointError, match=complaint):
         from_reference(case.info["kind"], {**case.info["config"], **changes}, case.weights())
@@ -308,7 +308,7 @@ def test_a_name_of_the_authors_without_an_equal_is_refused(changes: dict[str, An
     [(argument, wrong) for argument in ("embed_dim", "zdim", "chunk_size") for wrong in (None, "wide", [1])]
     + [("embed_dim", -1)],
 )
-def test_an_argument_of_another_type_is_named(argument: str, wrong: Any) -> None:
+def test_an_argument_of_a_wrong_type_is_refused(argument: str, wrong: Any) -> None:
     case = recorded("always_active")
     with pytest.raises((CheckpointError, SpecError), match=r"; give the arguments of the authors|zdim|query_size"):
         from_reference(case.info["kind"], {**case.info["config"], argument: wrong}, case.weights())
@@ -316,7 +316,7 @@ def test_an_argument_of_another_type_is_named(argument: str, wrong: Any) -> None
 
 @pytest.mark.usefixtures("as_users_run")
 @pytest.mark.parametrize("kind", [None, 3, ["unit"]])
-def test_a_kind_of_another_type_is_refused(kind: Any) -> None:
+def test_a_kind_of_a_wrong_type_is_refused(kind: Any) -> None:
     with pytest.raises(
         CheckpointError, match=r"^unknown kind .* of the authors' modules; .*known kinds: standalone_layer, unit"
     ):
@@ -326,7 +326,7 @@ def test_a_kind_of_another_type_is_refused(kind: Any) -> None:
 @pytest.mark.parametrize(
     "name", ["causal_softmax_rotary", "classifier_two_layers", "lra_text_encoder", "always_active"]
 )
-def test_an_argument_that_is_missing_is_named(name: str) -> None:
+def test_the_error_names_a_missing_argument(name: str) -> None:
     case = recorded(name)
     widths = {"embed_dim", "d_model", "embedding_dim", "zdim", "d_qk", "z_dim"}
     for argument in widths & set(case.info["config"]):
@@ -339,8 +339,8 @@ def test_an_argument_that_is_missing_is_named(name: str) -> None:
 
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("name", ["layernorm", "rmsnorm", "scalenorm", "batchnorm", "syncbatchnorm"])
-def test_every_norm_of_the_authors_is_ours(name: str, affine: bool) -> None:
-    """Their formulas, written out: eps is 1e-5 in all of them, and the gain comes before the quotient."""
+def test_every_norm_equals_that_of_the_authors(name: str, affine: bool) -> None:
+    """The authors' formulas: eps is 1e-5 in all; RMS and scale norm multiply by the gain before the division."""
     case = recorded("bidirectional_softmax_true_distance")
     weights = {key: value for key, value in case.weights().items() if ".norm." not in f".{key}"}
     width = case.info["config"]["embed_dim"]
@@ -388,7 +388,7 @@ def test_a_module_that_was_not_loaded_is_refused() -> None:
         to_reference(LayerSpec().build(4))
 
 
-def test_a_part_that_the_authors_do_not_have_is_refused() -> None:
+def test_a_part_without_a_counterpart_in_the_authors_code_is_refused() -> None:
     module = recorded("causal_softmax_rotary").build()
     module.bypass = None
     with pytest.raises(

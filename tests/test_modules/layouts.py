@@ -13,25 +13,25 @@ from sma.ragged import Ragged, compress, locate_packed, rectangular
 Layout = Literal["packed", "static", "rectangular", "total"]
 LAYOUTS: tuple[Layout, ...] = ("packed", "static", "rectangular", "total")
 
-# A row of values (n, D) and its positions (n,) in, results (n, E) out.
+# Maps a row of values (n, D) and its positions (n,) to results (n, E).
 RowLoop = Callable[[Tensor, Tensor], Tensor]
 
 
 def first(lengths: Sequence[int], length: int) -> Tensor:
-    """The mask (B, L) of the first `lengths[b]` places of every row."""
+    """The mask (B, L) of the first `lengths[b]` positions of every row."""
     return torch.arange(length) < torch.tensor(lengths, dtype=torch.long)[:, None]
 
 
 def lay(
     x_BLD: Tensor, active_BL: Tensor, layout: Layout, positions_BL: Tensor | None = None, garbage: float = 1e3
 ) -> Ragged:
-    """Lay out the active tokens of a batch; every hole is filled with random numbers of the size of `garbage`.
+    """Lay out the active tokens of a batch and fill every hole with random numbers of the scale `garbage`.
 
-    `static` leaves two slots more than any row needs, `total` three more than all rows together; `rectangular` asks for
-    active tokens at the beginning of every row, and promises that there are no holes where there are none.
+    `static` allocates two more slots per row than the longest row needs, `total` three more than all rows together.
+    `rectangular` requires the active tokens at the beginning of every row, and passes no lengths if all are active.
     """
     if layout == "packed":
-        # Where every token is active, compress returns rectangular tokens.
+        # If every token is active, compress returns rectangular tokens.
         return replace(compress(x_BLD, active_BL, positions_BL=positions_BL), stride=None)
     counts = active_BL.sum(1)
     if layout == "total":
@@ -48,7 +48,7 @@ def lay(
 
 
 def spread(values: Tensor, tokens: Ragged, like_BLD: Tensor) -> Tensor:
-    """Results at the places of their tokens, (B, L, E); zeros elsewhere and nothing of the holes."""
+    """Results at the positions of their tokens, (B, L, E); zeros elsewhere. Results of holes are dropped."""
     out = values.new_zeros(like_BLD.shape[0] * like_BLD.shape[1], values.shape[1])
     real = tokens.mask
     return out.index_add(0, tokens.index[real], values[real]).unflatten(0, like_BLD.shape[:2])
@@ -69,7 +69,7 @@ def run(
 
 
 def run_rows(loop: RowLoop, x_BLD: Tensor, active_BL: Tensor, positions_BL: Tensor | None = None) -> Tensor:
-    """Run a loop on the active tokens of one row after the other."""
+    """Run a loop on the active tokens of each row in turn."""
     if positions_BL is None:
         positions_BL = torch.arange(x_BLD.shape[1]).expand(x_BLD.shape[:2])
     out = torch.zeros_like(x_BLD)
@@ -82,16 +82,16 @@ def run_rows(loop: RowLoop, x_BLD: Tensor, active_BL: Tensor, positions_BL: Tens
 
 
 def draw(module: nn.Module, std: float = 1.0) -> nn.Module:
-    """Give every parameter random numbers: at its initial values a wrong bias, gain or decay would pass."""
+    """Draw every parameter: initial values would not reveal a wrong bias, gain or decay."""
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            # Positive on average, or relu2 might give every pair of a row the weight 0.
+            # A positive mean, because relu2 might otherwise give every pair of a row the weight 0.
             parameter.copy_(std * (torch.randn_like(parameter) + (name == "bias_table")))
     return module
 
 
 def saved_bytes(program: Callable[[], object]) -> int:
-    """How much memory a program keeps for its backward."""
+    """Number of bytes that a program keeps for backward."""
     saved: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ def saved_bytes(program: Callable[[], object]) -> int:
 
 
 def assert_truncated_normal(tensor: Tensor, std: float) -> None:
-    """Normal with this standard deviation, cut at two of them: what is left deviates by 0.88 as much."""
+    """Assert a normal distribution truncated at two standard deviations; the truncated one deviates by 0.88 std."""
     assert tensor.abs().max().item() <= 2 * std
     assert tensor.abs().max().item() > 1.8 * std
     assert abs(tensor.mean().item()) < 0.1 * std
@@ -112,7 +112,7 @@ def assert_truncated_normal(tensor: Tensor, std: float) -> None:
 
 
 def grad(tensor: Tensor) -> Tensor:
-    """The gradient of a tensor, which must have got one."""
+    """The gradient of a tensor; fails if it is None."""
     assert tensor.grad is not None
     return tensor.grad
 
@@ -124,9 +124,7 @@ def assert_same_program(
     parameters: dict[str, Tensor],
     tolerance: float = 1e-9,
 ) -> None:
-    """Compare two programs of x and of parameters in their output and in all gradients, from one random incoming
-    gradient.
-    """
+    """Compare the outputs and all gradients of two programs of x and parameters under one random incoming gradient."""
     results = []
     for program in (ours, theirs):
         leaf = x.detach().clone().requires_grad_()
@@ -147,7 +145,7 @@ def assert_same_program(
 
 
 def assert_near(name: str, found: Tensor, wanted: Tensor, tolerance: float) -> None:
-    """Compare two tensors; an error says which ones."""
+    """Compare two tensors; the error message contains `name`."""
     torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance, msg=partial("{}: {}".format, name))
 
 
@@ -171,7 +169,7 @@ def assert_matches_loop(
 def assert_near_under_autocast(
     module: nn.Module, program: Callable[[Tensor], Tensor], x: Tensor, dtype: torch.dtype
 ) -> None:
-    """Compare a program of float32 with itself under autocast, in its output and in all gradients."""
+    """Compare the output and all gradients of a float32 program with those under autocast."""
     results = []
     for enabled in (False, True):
         leaf = x.detach().clone().requires_grad_()

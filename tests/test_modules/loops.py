@@ -1,4 +1,4 @@
-"""Slow, obvious programs, token by token, that the fast ones must agree with."""
+"""Slow reference programs, token by token, for the fast implementations."""
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,9 @@ from sma.positions import RelativeBiasSpec
 
 
 def recurrence_loop(x: Tensor, decay: Tensor, inward: Tensor, outward: Tensor, truncation: int | None = None) -> Tensor:
-    """s_t = q s_{t-1} + b x_t, y_t = sum over n of g s_t, for x (L, D); truncated, a new s runs over the last K inputs
-    of every t.
+    """s_t = q s_{t-1} + b x_t, y_t = sum over n of g s_t, for x (L, D).
+
+    With `truncation=K`, s_t starts from zero and covers the last K inputs only.
     """
     if truncation is not None:
         # All t at once: x_{t - K + 1} enters every s first, x_t last.
@@ -29,7 +30,7 @@ def recurrence_loop(x: Tensor, decay: Tensor, inward: Tensor, outward: Tensor, t
 
 
 def ema_loop(module: EMA, x: Tensor) -> Tensor:
-    """The damped moving average of one row, from its parameters by the formulas of DESIGN.md 6.2."""
+    """The damped moving average of one row by the formulas of DESIGN.md 6.2."""
     spec, width = module.spec, x.shape[1]
     out = module.omega * x
     for direction in range(2 if spec.bidirectional else 1):
@@ -44,7 +45,7 @@ def ema_loop(module: EMA, x: Tensor) -> Tensor:
 
 
 def rotary_loop(x: Tensor, positions: Tensor, base: float = 10000.0) -> Tensor:
-    """Turn every pair of channels of x (n, Z) as one complex number; angles in float64."""
+    """Rotate every pair of channels of x (n, Z) as one complex number; angles are float64."""
     size = x.shape[1]
     out = torch.empty_like(x)
     rows = []
@@ -56,7 +57,7 @@ def rotary_loop(x: Tensor, positions: Tensor, base: float = 10000.0) -> Tensor:
 
 
 def weigh_loop(scores: Tensor, weighting: str) -> Tensor:
-    """The weights of one query from the scores of the keys it may see."""
+    """The weights of one query from the scores of the keys in its reach."""
     if weighting == "softmax":
         return (scores - scores.max()).exp() / (scores - scores.max()).exp().sum()
     if weighting == "relu2":
@@ -65,7 +66,7 @@ def weigh_loop(scores: Tensor, weighting: str) -> Tensor:
 
 
 def reach(slot: int, count: int, window: int | None, causal: bool) -> list[int]:
-    """The slots that a slot of a row of `count` tokens may see."""
+    """The slots that the query in `slot` attends to, in a row of `count` tokens."""
     return [
         other
         for other in range(count)
@@ -96,7 +97,7 @@ def bias_loop(table: Tensor, positions: Tensor, distance: str, window: int | Non
             entries = [max(-(most - 1), min(most - 1, other - position)) + most - 1 for other in line]
         else:
             assert window is not None
-            # Pairs further apart than the table are out of reach, and their bias is never read.
+            # Pairs further apart than the table are out of reach, so their bias has no effect.
             entries = [min(max(other - slot + 4 * window - 1, 0), 6 * window - 2) for other in range(len(line))]
         rows.append(table[entries])
     return torch.stack(rows)
@@ -150,9 +151,7 @@ def attention_loop(module: MultiHead, x: Tensor, positions: Tensor) -> Tensor:
 
 
 def conv_loop(module: Conv, x: Tensor) -> Tensor:
-    """The depthwise convolution of one row: its last tap, or its middle one if bidirectional, lies on the token
-    itself.
-    """
+    """The depthwise convolution of one row; its last tap, or its middle tap if bidirectional, is the token itself."""
     taps = module.spec.kernel_size
     own = taps // 2 if module.spec.bidirectional else taps - 1
     out = []

@@ -11,7 +11,7 @@ from sma.ragged import Ragged, rectangular
 from sma.submodule import State, SubModule
 from tests.test_modules.layouts import lay, spread
 
-# `packed` and `static` as in `lay`; `front` moves the tokens of every row to its front and leaves holes behind them.
+# `packed` and `static` as in `lay`; `front` moves the tokens of every row to its front, followed by holes.
 StreamLayout = Literal["packed", "static", "front"]
 STREAM_LAYOUTS: tuple[StreamLayout, ...] = ("packed", "static", "front")
 
@@ -33,7 +33,7 @@ def lay_chunk(x_BLD: Tensor, active_BL: Tensor, layout: StreamLayout, positions_
 
 
 def in_chunks(module: SubModule, x_BLD: Tensor, size: int) -> Tensor:
-    """Run a sub-module on all tokens of a batch, `size` of each row at a time."""
+    """Run a sub-module on all tokens of a batch in chunks of `size` tokens per row."""
     active = torch.ones(x_BLD.shape[:2], dtype=torch.bool)
     starts = range(0, x_BLD.shape[1], size)
     return stream(module, x_BLD, active, [slice(start, start + size) for start in starts], "front")[0]
@@ -48,8 +48,8 @@ def stream(
     state: State | None = None,
     positions_BL: Tensor | None = None,
 ) -> tuple[Tensor, State]:
-    """Run a sub-module chunk by chunk; returns the results at the places of their tokens, zeros elsewhere, and the last
-    state.
+    """Run a sub-module chunk by chunk; return the results at the positions of their tokens, zeros elsewhere, and the
+    last state.
     """
     state = module.init_state(x_BLD.shape[0]) if state is None else state
     positions_BL = torch.arange(x_BLD.shape[1]).expand(x_BLD.shape[:2]) if positions_BL is None else positions_BL

@@ -1,4 +1,4 @@
-"""The newest tokens of every stream against one list per row."""
+"""The cache of the newest tokens of every stream against one list per row."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +15,7 @@ from sma.ragged import Ragged
 from tests.streams import copied, same_bits
 
 CPU = torch.device("cpu")
-# Two entries of different rank and dtype, as the attention units keep them.
+# Two entries of different rank and dtype, as in the attention units.
 SHAPES, DTYPES = ((2,), ()), (torch.float64, torch.int64)
 
 
@@ -30,7 +30,7 @@ class Row:
 
 
 def chunk(counts: list[int], first: int = 1) -> tuple[Ragged, list[list[int]]]:
-    """Packed tokens, `counts[b]` of row b, with the numbers `first`, `first + 1`, …; and these numbers, row by row."""
+    """Packed tokens, `counts[b]` in row b, numbered from `first`; and these numbers by row."""
     total = sum(counts)
     numbers = list(range(first, first + total))
     rows = torch.tensor([row for row, count in enumerate(counts) for _ in range(count)], dtype=torch.long)
@@ -42,12 +42,12 @@ def chunk(counts: list[int], first: int = 1) -> tuple[Ragged, list[list[int]]]:
 
 
 def values_of(tokens: Ragged) -> tuple[Tensor, Tensor]:
-    """What is kept of a token with the number n: (n, -n) and n."""
+    """The cached entries of a token with the number n: (n, -n) and n."""
     return torch.cat([tokens.values, -tokens.values], 1), tokens.values[:, 0].long()
 
 
 def read(cache: Cache, row: int) -> dict[int, int]:
-    """Slot to number of what a row of the cache holds, read place by place."""
+    """A mapping from slot to token number for one row of the cache, read entry by entry."""
     found = {}
     for place in range(cache.size):
         slot = int(cache.slots[row, place])
@@ -65,7 +65,7 @@ histories = st.lists(st.lists(st.integers(0, 8), min_size=3, max_size=3), max_si
 
 
 def fill(size: int | None, history: list[list[int]]) -> tuple[Cache, list[Row], int]:
-    """A cache after some chunks, and the same as lists."""
+    """A cache after some chunks, the same tokens as lists, and the next token number."""
     cache, rows, next_number = empty_cache(3, size, SHAPES, CPU, DTYPES), [Row() for _ in range(3)], 1
     for counts in history:
         tokens, numbers = chunk(counts, next_number)
@@ -92,7 +92,7 @@ def test_a_cache_holds_the_newest_tokens_of_every_row_at_their_slots(
 
 
 @given(size=sizes, history=histories, counts=st.lists(st.integers(0, 8), min_size=3, max_size=3))
-def test_join_lays_new_tokens_behind_the_held_ones_of_their_row(
+def test_join_appends_new_tokens_to_the_cached_ones_of_their_row(
     size: int | None, history: list[list[int]], counts: list[int]
 ) -> None:
     cache, rows, next_number = fill(size, history)
@@ -126,7 +126,7 @@ def test_one_chunk_equals_one_token_at_a_time(size: int | None, history: list[li
 
 
 @given(size=sizes, history=histories, counts=st.lists(st.integers(0, 8), min_size=3, max_size=3))
-def test_nothing_is_changed_in_place(size: int | None, history: list[list[int]], counts: list[int]) -> None:
+def test_append_never_changes_a_cache_in_place(size: int | None, history: list[list[int]], counts: list[int]) -> None:
     cache, _, number = fill(size, history)
     kept = copied(cache)
     tokens, _ = chunk(counts, number)
@@ -136,7 +136,7 @@ def test_nothing_is_changed_in_place(size: int | None, history: list[list[int]],
 
 
 @given(size=sizes, history=histories, idle=st.integers(0, 2))
-def test_a_row_that_gets_no_token_keeps_its_places(size: int | None, history: list[list[int]], idle: int) -> None:
+def test_a_row_without_new_tokens_keeps_its_entries(size: int | None, history: list[list[int]], idle: int) -> None:
     cache, _, number = fill(size, history)
     tokens, _ = chunk([0 if row == idle else 4 for row in range(3)], number)
     after = cache.append(tokens, *values_of(tokens))
@@ -148,7 +148,7 @@ def test_a_row_that_gets_no_token_keeps_its_places(size: int | None, history: li
 
 
 @pytest.mark.parametrize("size", [2, 7, None])
-def test_gradients_reach_what_is_held_and_nothing_else(size: int | None) -> None:
+def test_gradients_reach_the_cached_tokens_only(size: int | None) -> None:
     tokens, _ = chunk([5, 0, 3])
     values = torch.randn(8, 2, dtype=torch.float64, requires_grad=True)
     cache = empty_cache(3, size, ((2,),), CPU, (torch.float64,)).append(tokens, values)
@@ -157,7 +157,7 @@ def test_gradients_reach_what_is_held_and_nothing_else(size: int | None) -> None
     assert gradient[:, 0].bool().tolist() == kept
 
 
-def test_values_are_kept_in_the_dtype_of_the_cache_and_laid_out_in_their_own() -> None:
+def test_append_converts_to_the_dtype_of_the_cache_and_join_to_that_of_the_tokens() -> None:
     tokens, _ = chunk([2])
     cache = empty_cache(1, 3, ((2,),), CPU, (torch.float32,)).append(tokens, torch.ones(2, 2, dtype=torch.bfloat16))
     assert cache.entries[0].dtype is torch.float32
@@ -176,7 +176,7 @@ def test_a_new_cache_is_empty(size: int | None, rows: int) -> None:
 
 
 @given(size=sizes, history=histories)
-def test_a_row_that_is_reset_is_empty_and_fills_again(size: int | None, history: list[list[int]]) -> None:
+def test_a_reset_row_is_empty_and_can_be_filled_again(size: int | None, history: list[list[int]]) -> None:
     cache, rows, number = fill(size, history)
     cache = cache.reset(torch.tensor([False, True, False]))
     assert read(cache, 1) == {}

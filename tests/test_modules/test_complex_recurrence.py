@@ -1,4 +1,4 @@
-"""Linear recurrences with complex decay: their kernels and extreme decays; test_scan_states.py has their scans."""
+"""Kernels of linear recurrences with complex decay, and extreme decays; test_scan_states.py tests the scans."""
 
 import math
 
@@ -27,7 +27,7 @@ def as_complex(halves: Tensor) -> Tensor:
 
 
 @given(taps=st.integers(1, 300), pairs=st.integers(1, 5), sets=st.integers(1, 3), seed=st.integers(0, 2**16))
-def test_kernels_are_the_direct_formula(taps: int, pairs: int, sets: int, seed: int) -> None:
+def test_kernels_equal_the_direct_formula(taps: int, pairs: int, sets: int, seed: int) -> None:
     recurrence = draw_recurrence(2, pairs, seed)
     outward = torch.randn(sets, 2, 2 * pairs, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
@@ -41,7 +41,7 @@ def test_kernels_are_the_direct_formula(taps: int, pairs: int, sets: int, seed: 
 
 
 def test_an_undamped_oscillator_keeps_its_phase_in_float32() -> None:
-    # After 100,000 tokens of 3.1 rad; an angle multiplied in float32 would be off by 0.02.
+    # After 100,000 tokens of 3.1 rad, an angle multiplied in float32 would have an error of 0.02.
     angle = torch.full((1, 1), 3.1, dtype=torch.float64)
     outward = torch.tensor([[2.0, 0.0]])
     found = kernels(ComplexRecurrence(torch.zeros_like(angle), angle, outward), outward[None], 100_000)[0, 0]
@@ -60,7 +60,7 @@ def test_minus_one_is_exact_near_zero(size: float) -> None:
     torch.testing.assert_close(torch.complex(*minus_one(z.real, z.imag)), wanted, rtol=1e-13, atol=0)
 
 
-def test_decay_beyond_all_numbers_gives_zeros_and_no_gradient() -> None:
+def test_exponents_of_1e170_give_finite_outputs_and_zero_gradients() -> None:
     exponents = [torch.full((1, 1), value, dtype=torch.float64, requires_grad=True) for value in (-1e170, 1e170)]
     out = causal_scan(torch.randn(1, 150, 1), ComplexRecurrence(*exponents, torch.ones(1, 2)))
     out.sum().backward()

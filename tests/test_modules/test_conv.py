@@ -57,7 +57,7 @@ def test_any_activity_agrees_with_the_loop(
 
 
 @pytest.mark.parametrize(("kernel_size", "bidirectional"), [(4, False), (5, True)])
-def test_whole_rows_are_the_convolution_of_torch(kernel_size: int, bidirectional: bool) -> None:
+def test_whole_rows_equal_conv1d_of_torch(kernel_size: int, bidirectional: bool) -> None:
     module = make(kernel_size=kernel_size, bidirectional=bidirectional, activation="none")
     x = torch.randn(2, 30, 3, dtype=torch.float64)
     left = kernel_size // 2 if bidirectional else kernel_size - 1
@@ -66,7 +66,7 @@ def test_whole_rows_are_the_convolution_of_torch(kernel_size: int, bidirectional
     torch.testing.assert_close(module(rectangular(x))[0].unflatten(0, (2, 30)), wanted, rtol=0, atol=1e-12)
 
 
-def test_neighbours_are_active_tokens_however_far_apart() -> None:
+def test_neighbours_are_active_tokens_at_any_distance() -> None:
     module = make(kernel_size=3)
     x = torch.randn(1, 5, 3, dtype=torch.float64)
     near, far = (module(rectangular(x, None, places[None]))[0] for places in (torch.arange(5), 100 * torch.arange(5)))

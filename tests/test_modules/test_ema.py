@@ -1,4 +1,4 @@
-"""The damped moving average against its recurrence, in every layout, and what it promises at the edges."""
+"""The damped moving average against its recurrence, in every layout and for extreme parameters."""
 
 from typing import Any
 
@@ -29,7 +29,7 @@ DIRECTIONS = [pytest.param(True, id="bidirectional"), pytest.param(False, id="ca
 def make(
     width: int = 2, *, spread: float = 2.0, seed: int = 0, dtype: torch.dtype = torch.float64, **fields: Any
 ) -> EMA:
-    """A module whose delta and alpha have the standard deviation `spread`: at 0.2 a wrong recurrence would pass."""
+    """A module whose delta and alpha have the standard deviation `spread`; 0.2 would not reveal a wrong recurrence."""
     torch.manual_seed(seed)
     module = draw(EMASpec(**{"state_size": 3, **fields}).build(width).to(dtype))
     assert isinstance(module, EMA)
@@ -48,14 +48,14 @@ def matches(module: EMA, lengths: list[int], layout: Layout, length: int | None 
 @pytest.mark.parametrize("states", [1, 2, 5])
 @pytest.mark.parametrize("spread", [0.2, 2.0, 30.0])
 @pytest.mark.parametrize("bidirectional", DIRECTIONS)
-def test_kernel_form_is_the_recurrence(bidirectional: bool, spread: float, states: int, layout: Layout) -> None:
+def test_kernel_form_equals_the_recurrence(bidirectional: bool, spread: float, states: int, layout: Layout) -> None:
     matches(make(spread=spread, state_size=states, bidirectional=bidirectional), [7, 0, 12, 1], layout)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("truncation", [1, 2, 3, 11, 12, 13, 40])
 @pytest.mark.parametrize("bidirectional", DIRECTIONS)
-def test_truncated_kernel_is_the_recurrence_over_the_last_inputs(
+def test_truncated_kernel_equals_the_recurrence_over_the_last_inputs(
     bidirectional: bool, truncation: int, layout: Layout
 ) -> None:
     matches(make(truncation=truncation, bidirectional=bidirectional), [7, 0, 12, 1], layout)
@@ -109,7 +109,7 @@ def test_layouts_agree(bidirectional: bool, truncation: int | None, layout: Layo
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
-def test_no_later_output_hides_that_an_input_was_not_finite(bad: float) -> None:
+def test_every_output_after_a_non_finite_input_is_non_finite(bad: float) -> None:
     module = make(1, bidirectional=False, spread=0.2, dtype=torch.float32)
     x = torch.randn(1, 200, 1)
     x[0, 70] = bad
@@ -117,7 +117,7 @@ def test_no_later_output_hides_that_an_input_was_not_finite(bad: float) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 3, 21])
-def test_a_truncated_stream_forgets_an_input_that_the_kernel_has_passed(size: int) -> None:
+def test_a_truncated_stream_forgets_inputs_older_than_the_kernel(size: int) -> None:
     module = make(1, spread=0.2, truncation=5, bidirectional=False)
     x = torch.zeros(1, 21, 1, dtype=torch.float64)
     x[0, 10] = 1
@@ -138,7 +138,7 @@ def test_float32_streams_stay_near_float64_over_thousands_of_tokens(size: int, t
     assert (found[:, -400:] - wanted[:, -400:]).norm() <= 1e-6 * wanted[:, -400:].norm()
 
 
-def test_bidirectional_average_sees_both_sides() -> None:
+def test_bidirectional_average_depends_on_both_sides() -> None:
     module = make(1, spread=0.2)
     x = torch.zeros(1, 21, 1, dtype=torch.float64)
     x[0, 10] = 1
@@ -147,7 +147,7 @@ def test_bidirectional_average_sees_both_sides() -> None:
     assert (out[11:].abs() > 0).all()
 
 
-def test_truncation_ends_what_an_input_acts_on() -> None:
+def test_truncation_limits_the_outputs_that_an_input_reaches() -> None:
     module = make(1, spread=0.2, truncation=5)
     x = torch.zeros(1, 21, 1, dtype=torch.float64)
     x[0, 10] = 1
@@ -171,7 +171,7 @@ def test_truncation_longer_than_the_row_changes_nothing(bidirectional: bool) -> 
 def test_extreme_decay_gives_no_nan(
     bidirectional: bool, alpha: float, delta: float, length: int, dtype: torch.dtype
 ) -> None:
-    # delta = alpha = 200 makes q = 0: nothing but the token itself is remembered, and log q does not exist.
+    # delta = alpha = 200 gives q = 0: the state holds the current token only, and log q is -inf.
     module = make(1, bidirectional=bidirectional, dtype=dtype, truncation=3 if length == 5 else None)
     with torch.no_grad():
         module.delta.fill_(delta)
@@ -206,14 +206,14 @@ def test_float32_stays_near_float64_over_thousands_of_tokens(bidirectional: bool
 
 
 @pytest.mark.parametrize("bidirectional", DIRECTIONS)
-def test_no_tokens_give_zero_gradients_and_not_none(bidirectional: bool) -> None:
+def test_no_tokens_give_zero_gradients_instead_of_none(bidirectional: bool) -> None:
     module = make(bidirectional=bidirectional)
     x = torch.randn(3, 5, 2, dtype=torch.float64, requires_grad=True)
     run(module, x, torch.zeros(3, 5, dtype=torch.bool), "packed").sum().backward()
     assert all(torch.equal(grad(parameter), torch.zeros_like(parameter)) for parameter in module.parameters())
 
 
-def test_weights_start_where_the_authors_start() -> None:
+def test_initial_weights_are_those_of_the_authors() -> None:
     torch.manual_seed(0)
     module = EMASpec(state_size=5).build(4000)
     assert_truncated_normal(module.delta, 0.2)

@@ -1,4 +1,4 @@
-"""Laws that every registered sub-module obeys, whatever it computes."""
+"""Laws of every registered sub-module."""
 
 import copy
 import io
@@ -32,7 +32,7 @@ def gradients(module: SubModule, *tensors: Tensor) -> dict[str, Tensor | None]:
     }
 
 
-def test_every_kind_of_the_zoo_is_here_in_both_directions() -> None:
+def test_every_kind_of_the_zoo_is_tested_in_both_directions() -> None:
     ours = {kind: spec for kind, spec in kinds("sub-module").items() if spec.__module__.startswith("sma.modules.")}
     assert {spec.kind for spec in SPECS.values()} == set(ours)
     for kind, spec in ours.items():
@@ -43,7 +43,7 @@ def test_every_kind_of_the_zoo_is_here_in_both_directions() -> None:
 @every_spec
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_one_result_per_token_and_no_state_where_none_was_given(
+def test_a_call_without_a_state_gives_one_result_per_token_and_no_state(
     spec: SubModuleSpec, dtype: torch.dtype, layout: Layout
 ) -> None:
     module = make(spec, dtype)
@@ -88,7 +88,7 @@ def test_a_row_alone_equals_the_row_in_a_batch(
     x, active = batch(lengths)
     row = data.draw(st.integers(0, len(lengths) - 1))
     together = run(module, x, active, layout)[row]
-    # Alone the row is also without the padding that the longest row of the batch gave it.
+    # The single row has no padding up to the longest row of the batch.
     alone = run(module, x[row : row + 1, : lengths[row]], active[row : row + 1, : lengths[row]], "packed")[0]
     torch.testing.assert_close(together[: lengths[row]], alone, rtol=1e-10, atol=1e-10)
 
@@ -106,7 +106,7 @@ def test_no_gradient_reaches_another_row(spec: SubModuleSpec, layout: Layout) ->
 @every_spec
 @pytest.mark.parametrize("layout", ["static", "rectangular"])
 @pytest.mark.parametrize(("dtype", "garbage"), [(torch.float32, 1e3), (torch.float64, 1e3), (torch.float64, 1e30)])
-def test_what_stands_in_a_hole_never_changes_a_token(
+def test_values_in_holes_never_change_a_token(
     spec: SubModuleSpec, garbage: float, dtype: torch.dtype, layout: Layout
 ) -> None:
     x, active = batch([40, 0, 17, 1], dtype=dtype)
@@ -132,7 +132,7 @@ def test_what_stands_in_a_hole_never_changes_a_token(
 
 @every_spec
 @pytest.mark.parametrize("place", [1, 31, 32, 63, 64, 69])
-def test_a_causal_kind_never_looks_ahead_and_another_does(spec: SubModuleSpec, place: int) -> None:
+def test_only_kinds_that_are_not_causal_depend_on_later_tokens(spec: SubModuleSpec, place: int) -> None:
     module = make(spec)
     x, active = batch([70, 50], 70)
     changed = x.clone()
@@ -142,14 +142,14 @@ def test_a_causal_kind_never_looks_ahead_and_another_does(spec: SubModuleSpec, p
     assert not torch.equal(after[0, place:], before[0, place:])
     if module.causal:
         torch.testing.assert_close(after[0, :place], before[0, :place], rtol=0, atol=1e-12)
-    elif not isinstance(spec, ChunkedGAUSpec) or place % spec.window:  # a chunk ends before its first token
+    elif not isinstance(spec, ChunkedGAUSpec) or place % spec.window:  # else place - 1 is in another chunk
         assert not torch.allclose(after[0, place - 1], before[0, place - 1])
 
 
 @every_spec
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("rows", "length"), [(3, 5), (1, 1), (0, 5)])
-def test_no_token_gives_zero_gradients_and_never_none(
+def test_no_active_token_gives_zero_gradients_instead_of_none(
     spec: SubModuleSpec, rows: int, length: int, layout: Layout
 ) -> None:
     module = make(spec)
@@ -161,7 +161,7 @@ def test_no_token_gives_zero_gradients_and_never_none(
 
 
 @every_spec
-def test_tokens_without_places_give_zero_gradients_too(spec: SubModuleSpec) -> None:
+def test_rows_of_length_zero_give_zero_gradients(spec: SubModuleSpec) -> None:
     module = make(spec)
     x = torch.randn(2, 0, WIDTH, dtype=torch.float64, requires_grad=True)
     module(rectangular(x))[0].sum().backward()
@@ -214,7 +214,7 @@ def test_the_same_call_gives_the_same_bits(spec: SubModuleSpec, layout: Layout) 
 
 
 @every_spec
-def test_running_changes_neither_the_module_nor_its_input(spec: SubModuleSpec) -> None:
+def test_a_call_changes_neither_the_module_nor_its_input(spec: SubModuleSpec) -> None:
     module = make(spec)
     tokens = lay(*batch([40, 0, 17]), "packed")
     tensors = (tokens.values, tokens.index, tokens.positions, tokens.rows, tokens.offsets, tokens.lengths)
@@ -240,7 +240,7 @@ def test_a_second_backward_gives_the_same_gradients(spec: SubModuleSpec, layout:
 @pytest.mark.gpu
 @every_spec
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_gpu_computes_the_same(spec: SubModuleSpec, layout: Layout) -> None:
+def test_a_gpu_gives_the_results_of_the_cpu(spec: SubModuleSpec, layout: Layout) -> None:
     module = make(spec)
     tokens = lay(*batch([70, 0, 17], 70), layout)
     incoming = torch.randn(tokens.values.shape, dtype=torch.float64) * tokens.mask[:, None]
@@ -271,7 +271,7 @@ def test_values_need_not_be_contiguous(spec: SubModuleSpec) -> None:
 @pytest.mark.parametrize("width", [2, 4, 32])
 def test_the_spec_predicts_the_number_of_parameters(spec: SubModuleSpec, width: int) -> None:
     if spec.kind in ("attention", "local_attention") and width == 2:
-        width = 8  # two heads of rotary pairs need four channels
+        width = 8  # rotary pairs in two heads need four channels
     assert spec.num_parameters(width) == sum(parameter.numel() for parameter in spec.build(width).parameters())
 
 
@@ -290,7 +290,7 @@ def test_a_spec_survives_dump_and_load(spec: SubModuleSpec) -> None:
 
 
 @every_spec
-def test_building_touches_neither_the_spec_nor_another_module(spec: SubModuleSpec) -> None:
+def test_building_changes_neither_the_spec_nor_another_module(spec: SubModuleSpec) -> None:
     before, one = dump_spec(spec), make(spec)
     weights = {name: tensor.clone() for name, tensor in one.state_dict().items()}
     other = draw(spec.build(WIDTH))
@@ -301,7 +301,7 @@ def test_building_touches_neither_the_spec_nor_another_module(spec: SubModuleSpe
 
 
 @every_spec
-def test_the_seed_decides_what_is_built(spec: SubModuleSpec) -> None:
+def test_the_seed_determines_the_initial_parameters(spec: SubModuleSpec) -> None:
     built = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
@@ -314,7 +314,7 @@ def test_the_seed_decides_what_is_built(spec: SubModuleSpec) -> None:
 
 @every_spec
 @pytest.mark.parametrize("way", ["deepcopy", "state_dict", "file"])
-def test_a_copy_computes_the_same_and_is_another_module(spec: SubModuleSpec, way: str) -> None:
+def test_a_copy_gives_the_same_results_and_shares_no_parameters(spec: SubModuleSpec, way: str) -> None:
     module = make(spec)
     if way == "deepcopy":
         other = copy.deepcopy(module)

@@ -1,4 +1,4 @@
-"""Laws of every causal sub-module that goes on from a state: whole = chunked = step by step."""
+"""Laws of every causal sub-module that continues from a state: whole = chunked = step by step."""
 
 import copy
 import functools
@@ -60,7 +60,7 @@ some_layouts = pytest.mark.parametrize("layout", ["packed", "front"])
 @functools.cache  # for tests that only run it
 def make(name: str, dtype: torch.dtype = torch.float64) -> SubModule:
     module = zoo.make(STREAMS[name], dtype)
-    if isinstance(module, EMA):  # at the usual decay a wrong recurrence would pass
+    if isinstance(module, EMA):  # the usual decay would not reveal a wrong recurrence
         with torch.no_grad():
             module.delta.mul_(2)
             module.alpha.mul_(2)
@@ -69,7 +69,7 @@ def make(name: str, dtype: torch.dtype = torch.float64) -> SubModule:
 
 @st.composite
 def activity(draw: st.DrawFn, rows: int = 3, length: int = LENGTH) -> Tensor:
-    """Who is active, `(B, L)`: some rows nowhere, some places in no row."""
+    """A mask of active tokens, `(B, L)`: some rows have none, and two positions may be inactive in all rows."""
     source = torch.Generator().manual_seed(draw(st.integers(0, 999)))
     rates = torch.tensor(draw(st.lists(st.sampled_from([0.0, 0.3, 0.7, 1.0]), min_size=rows, max_size=rows)))
     active = torch.rand(rows, length, generator=source) < rates[:, None]
@@ -142,9 +142,7 @@ def test_a_state_is_a_value_that_can_be_continued_twice(name: str, length: int, 
 @every_stream
 @some_layouts
 @pytest.mark.parametrize("length", [0, 1, 6])
-def test_a_row_without_a_token_gets_its_state_back_to_the_last_bit(
-    name: str, length: int, layout: StreamLayout
-) -> None:
+def test_a_row_without_a_token_keeps_its_state_bit_by_bit(name: str, length: int, layout: StreamLayout) -> None:
     module, x, active = make(name), tokens(), first([4, 0, 9], LENGTH)
     _, state = stream(module, x, active, [slice(0, 9)])
     for rows in (first([0, 0, 9], length), first([0, 0, 0], length)):
@@ -156,7 +154,7 @@ def test_a_row_without_a_token_gets_its_state_back_to_the_last_bit(
 @every_stream
 @few
 @given(rows=st.lists(st.integers(0, 2), max_size=4), active=activity(), cut=st.integers(0, LENGTH))
-def test_selected_rows_go_on_as_if_they_were_alone(name: str, rows: list[int], active: Tensor, cut: int) -> None:
+def test_selected_rows_continue_as_in_the_whole_batch(name: str, rows: list[int], active: Tensor, cut: int) -> None:
     module, x, chosen = make(name), tokens(), torch.tensor(rows, dtype=torch.long)
     with torch.no_grad():
         _, state = stream(module, x, active, [slice(0, cut)])
@@ -167,7 +165,7 @@ def test_selected_rows_go_on_as_if_they_were_alone(name: str, rows: list[int], a
 
 
 @every_stream
-def test_reordered_rows_go_on_from_where_another_row_stood(name: str) -> None:
+def test_reordered_rows_continue_from_the_state_of_another_row(name: str) -> None:
     module, x, active = make(name), tokens(), first([7, 3, 0], LENGTH)
     order, rest = torch.tensor([2, 0, 0]), [slice(0, 4)]
     _, state = stream(module, x, active, [slice(0, 8)])
@@ -179,7 +177,7 @@ def test_reordered_rows_go_on_from_where_another_row_stood(name: str) -> None:
 
 @every_stream
 @pytest.mark.parametrize("numbers", [False, True], ids=["mask", "numbers"])
-def test_reset_rows_begin_again_and_the_others_go_on(name: str, numbers: bool) -> None:
+def test_reset_rows_restart_and_the_others_continue(name: str, numbers: bool) -> None:
     module, x, active = make(name), tokens(), first([7, 3, 5], LENGTH)
     mask, rest = torch.tensor([True, False, True]), [slice(0, 4)]
     _, state = stream(module, x, active, [slice(0, 8)])
@@ -191,7 +189,7 @@ def test_reset_rows_begin_again_and_the_others_go_on(name: str, numbers: bool) -
 
 @every_stream
 @pytest.mark.parametrize("bad", [1e4, torch.inf, torch.nan])
-def test_a_broken_row_never_touches_another_through_the_states(name: str, bad: float) -> None:
+def test_a_non_finite_row_never_changes_another_through_the_states(name: str, bad: float) -> None:
     module, x = make(name), tokens()
     active = torch.ones(3, LENGTH, dtype=torch.bool)
     changed = x.clone()
@@ -227,7 +225,7 @@ def test_a_state_without_a_window_grows_with_its_longest_row(name: str) -> None:
 
 @every_stream
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_results_keep_the_dtype_of_the_tokens_and_states_their_own(name: str, dtype: torch.dtype) -> None:
+def test_results_have_the_dtype_of_the_tokens_and_states_keep_theirs(name: str, dtype: torch.dtype) -> None:
     module, exact = copy.deepcopy(make(name, torch.float32)), copy.deepcopy(make(name))
     exact.load_state_dict(module.state_dict())
     module = module.to(dtype)
@@ -247,7 +245,7 @@ def test_results_keep_the_dtype_of_the_tokens_and_states_their_own(name: str, dt
 
 @every_stream
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_state_of_less_precision_than_the_tokens_keeps_its_own(name: str, dtype: torch.dtype) -> None:
+def test_a_state_of_lower_precision_than_the_tokens_keeps_its_dtype(name: str, dtype: torch.dtype) -> None:
     module, x, active = make(name), tokens(), first([LENGTH, 5, 0], LENGTH)
     state = module.init_state(3, dtype=dtype)
     with torch.no_grad():
@@ -260,7 +258,7 @@ def test_a_state_of_less_precision_than_the_tokens_keeps_its_own(name: str, dtyp
 
 
 @every_stream
-def test_a_stream_of_no_rows_is_a_stream(name: str) -> None:
+def test_a_stream_may_have_no_rows(name: str) -> None:
     module, nothing = make(name), first([], LENGTH)
     found, after = stream(module, tokens()[:0], nothing, [slice(0, 5), slice(5, 6), slice(6, LENGTH)])
     assert found.shape == (0, LENGTH, WIDTH)
@@ -268,7 +266,7 @@ def test_a_stream_of_no_rows_is_a_stream(name: str) -> None:
 
 
 @every_stream
-def test_autocast_leaves_the_dtypes_of_a_state_alone(name: str) -> None:
+def test_autocast_never_changes_the_dtypes_of_a_state(name: str) -> None:
     module, x, active = make(name, torch.float32), tokens().float(), first([LENGTH, 5, 0], LENGTH)
     state = module.init_state(3)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
@@ -277,7 +275,7 @@ def test_autocast_leaves_the_dtypes_of_a_state_alone(name: str) -> None:
 
 
 @every_stream
-def test_a_state_is_made_of_the_dtype_that_was_asked_for(name: str) -> None:
+def test_init_state_takes_a_dtype_and_a_device(name: str) -> None:
     module = make(name, torch.float32)
     for dtype in (torch.bfloat16, torch.float64):
         found = {tensor.dtype for tensor in tensors(module.init_state(2, dtype=dtype)) if tensor.is_floating_point()}
@@ -323,7 +321,7 @@ class TestRefusals:
                 call()
 
 
-def test_no_state_is_returned_where_none_was_given() -> None:
+def test_a_call_without_a_state_returns_none() -> None:
     for name in STREAMS:
         assert make(name)(lay(tokens(), first([3, 0, 2], LENGTH), "packed"))[1] is None
 
@@ -334,5 +332,5 @@ def test_a_chunk_without_tokens_gives_every_parameter_a_gradient_of_zeros(name: 
     nobody = torch.zeros(3, 2, dtype=torch.bool)
     out, _ = module(lay(x, nobody, "packed"), module.init_state(3))
     for parameter in module.parameters():
-        (gradient,) = torch.autograd.grad(out.sum(), parameter, retain_graph=True)  # raises where it takes no part
+        (gradient,) = torch.autograd.grad(out.sum(), parameter, retain_graph=True)  # raises if unused
         assert not gradient.any()

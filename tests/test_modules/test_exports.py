@@ -16,7 +16,7 @@ from sma.spec import kinds
         pytest.param(sma.routers, "router", id="routers"),
     ],
 )
-def test_every_kind_of_ours_is_exported_with_its_class(package: ModuleType, family: str) -> None:
+def test_every_built_in_kind_is_exported_with_its_class(package: ModuleType, family: str) -> None:
     specs = {spec for spec in kinds(family).values() if spec.__module__.startswith(f"{package.__name__}.")}
     assert specs
     assert sorted({spec.__name__ for spec in specs} - set(package.__all__)) == []

@@ -1,4 +1,4 @@
-"""The look at the sums, and attention that may not look: what is compiled, or captured in a CUDA graph."""
+"""The check of sums for non-finite values, and attention without it, as in compiled code and CUDA graphs."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def test_one_bad_value_is_found_in_any_tensor(bad: float) -> None:
 @pytest.mark.parametrize("name", ATTENTIONS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("bad", [0.0, torch.nan])
-def test_attention_that_may_not_look_gives_the_same(
+def test_attention_without_the_check_gives_the_same(
     monkeypatch: pytest.MonkeyPatch, name: str, layout: Layout, bad: float
 ) -> None:
     torch.manual_seed(0)
@@ -37,8 +37,8 @@ def test_attention_that_may_not_look_gives_the_same(
     torch.testing.assert_close(run(module, x, active, layout), wanted, rtol=1e-12, atol=1e-12, equal_nan=True)
 
 
-def test_a_device_is_asked_nothing_and_gives_the_mask() -> None:
-    values = torch.ones(4, 3, device="meta")  # which has no numbers to answer with
+def test_values_that_cannot_be_read_give_the_mask_without_a_check() -> None:
+    values = torch.ones(4, 3, device="meta")  # tensors on meta have no values to read
     assert not all_finite(values)
     (zeroed,), broken = finite(values)
     assert zeroed.shape == (4, 3)
@@ -47,7 +47,7 @@ def test_a_device_is_asked_nothing_and_gives_the_mask() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_the_mask_marks_the_tokens_that_are_not_finite_and_no_large_ones(dtype: torch.dtype) -> None:
+def test_the_mask_marks_non_finite_tokens_but_not_large_ones(dtype: torch.dtype) -> None:
     values = torch.full((5, 2, 3), torch.finfo(dtype).max, dtype=dtype)
     values[1, 0, 2], values[2, 1, 0], values[3, 1, 1] = torch.nan, torch.inf, -torch.inf
     other = torch.zeros(5, 1, 1, dtype=dtype)

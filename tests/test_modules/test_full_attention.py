@@ -1,4 +1,4 @@
-"""Attention along whole rows in slices of queries: the loop's, one slice's, and in less memory."""
+"""Attention along whole rows in slices of queries equals the loop and a single slice, and saves memory."""
 
 import pytest
 import torch
@@ -56,7 +56,7 @@ def test_slices_agree_with_the_loop(causal: bool, weighting: Weighting, distance
 @weightings
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("size", [1, 8, 28, 29])
-def test_slices_of_any_size_give_what_one_gives(
+def test_slices_of_any_size_equal_one_slice(
     monkeypatch: pytest.MonkeyPatch, causal: bool, weighting: Weighting, layout: Layout, size: int
 ) -> None:
     wanted = results(causal, weighting, layout)
@@ -72,7 +72,7 @@ def test_backward_drops_the_weights_that_forward_dropped(causal: bool, weighting
     tokens = lay(torch.randn(2, 19, 2 * Z + H, dtype=torch.float64), first([19, 10], 19), "packed")
 
     def program(values: Tensor) -> Tensor:
-        torch.manual_seed(1)  # gradcheck asks many times: every time the same weights are dropped
+        torch.manual_seed(1)  # gradcheck calls this many times; every call must drop the same weights
         return attend_all(*values.split([Z, Z, H], -1), tokens, causal=causal, weighting=weighting, dropout=0.4)
 
     assert torch.autograd.gradcheck(program, tokens.values.clone().requires_grad_(), fast_mode=True)
@@ -80,7 +80,7 @@ def test_backward_drops_the_weights_that_forward_dropped(causal: bool, weighting
 
 @directions
 @pytest.mark.usefixtures("small_slices")
-def test_a_value_that_is_not_finite_reaches_those_that_see_it_and_no_others(causal: bool) -> None:
+def test_a_non_finite_value_reaches_only_the_queries_that_attend_to_it(causal: bool) -> None:
     broken = ~results(causal, "softmax", bad=torch.inf)[0].isfinite().all(-1)
     reached = torch.zeros_like(broken)
     reached[0, 11 if causal else 0 :] = True
@@ -101,5 +101,5 @@ def test_scores_are_not_kept_for_backward() -> None:
     ("tokens", "causal", "number"), [(0, True, 0), (7, True, 49), (20, False, 400), (20, True, 64 + 128 + 80)]
 )
 @pytest.mark.usefixtures("small_slices")
-def test_pairs_of_causal_slices_leave_out_the_keys_that_come_later(tokens: int, causal: bool, number: int) -> None:
+def test_pairs_of_causal_slices_exclude_later_keys(tokens: int, causal: bool, number: int) -> None:
     assert pairs(tokens, causal) == number

@@ -75,7 +75,7 @@ def test_unit_agrees_with_the_loop(
     bidirectional: bool, attention: str, position: str, window: int | None, layout: Layout
 ) -> None:
     module = make(position, attention=attention, window=window, bidirectional=bidirectional)
-    # Longer than the window and than a block of 32; one token; none; shorter than the window. Routed rows have gaps.
+    # Longer than the window and a block of 32; one token; none; shorter than the window. Routed rows have gaps.
     lengths = [35, 1, 0, 4]
     if layout == "rectangular":
         matches(module, first(lengths, 35), layout)
@@ -124,7 +124,7 @@ def test_positions_of_a_stream_agree_with_the_loop(position: str) -> None:
 @pytest.mark.parametrize(
     ("position", "counts_slots"), [("true_distance", False), ("rotary", False), ("slot_distance", True), ("none", True)]
 )
-def test_original_positions_matter_where_the_spec_says_so(position: str, counts_slots: bool) -> None:
+def test_original_positions_matter_unless_the_spec_counts_slots(position: str, counts_slots: bool) -> None:
     module = make(position, window=5)
     x = torch.randn(1, 12, WIDTH, dtype=torch.float64)
     near, far = along(module, x), along(module, x, 3 * torch.arange(12)[None])
@@ -167,7 +167,7 @@ def test_streams_with_gaps_beyond_32_bits_agree_with_the_whole(gap: int, positio
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
-def test_a_row_of_more_tokens_than_float16_counts_keeps_its_scores(bidirectional: bool) -> None:
+def test_scores_are_right_in_rows_of_more_tokens_than_the_largest_float16(bidirectional: bool) -> None:
     unit = GAUSpec(query_size=2, hidden_size=2, bidirectional=bidirectional, attention="relu2").build(2)
     tokens = rectangular(torch.zeros(1, 70_000, 2))
     scaled = unit._scaled(torch.full((70_000, 2), 1000.0, dtype=torch.float16), tokens, None)
@@ -177,7 +177,7 @@ def test_a_row_of_more_tokens_than_float16_counts_keeps_its_scores(bidirectional
 
 @pytest.mark.parametrize("offset", [10**6, 10**6 + 12345])
 def test_rotary_angles_far_along_a_stream_are_exact(offset: int) -> None:
-    # Only distances matter to rotary positions. Angles in float32 would be off by 0.03 rad here.
+    # Rotary scores depend on distances only. Angles in float32 would have an error of 0.03 rad here.
     module = make("rotary", window=6, dtype=torch.float32)
     x = torch.randn(2, 40, WIDTH)
     places = torch.arange(40).expand(2, 40)
@@ -186,7 +186,7 @@ def test_rotary_angles_far_along_a_stream_are_exact(offset: int) -> None:
 
 @pytest.mark.parametrize("position", ["true_distance", "rotary", "none"])
 @pytest.mark.parametrize("bidirectional", DIRECTIONS)
-def test_no_window_is_a_window_as_long_as_the_row(bidirectional: bool, position: str) -> None:
+def test_no_window_equals_a_window_as_long_as_the_row(bidirectional: bool, position: str) -> None:
     x = torch.randn(2, 45, WIDTH, dtype=torch.float64)
     whole = make(position, bidirectional=bidirectional)
     for window in (44, 45, 300):
@@ -271,7 +271,7 @@ def test_dropout_acts_in_training_only_and_changes_nothing_on_average(field: str
     assert ((draws.mean(0) - exact[0]).abs() <= 5 * draws.std(0) / 4000**0.5).all()
 
 
-def test_weights_start_where_the_authors_start() -> None:
+def test_initial_weights_are_those_of_the_authors() -> None:
     torch.manual_seed(0)
     module = GAUSpec(query_size=400, hidden_size=300, position=RelativeBiasSpec(max_positions=2000)).build(200)
     for name in ("in_proj.weight", "out_proj.weight", "gain", "bias_table"):
@@ -310,7 +310,7 @@ def test_impossible_specs_are_refused(fields: dict[str, Any], complaint: str) ->
 
 
 class CoarseSpec(PositionSpec):
-    """Positions of somebody else: a table of one bias per ten positions, and queries and keys turned at odd ones."""
+    """Third-party positions: a table of biases, and queries and keys negated at odd positions."""
 
     kind: Literal["coarse"] = "coarse"
     has_table: ClassVar[bool] = True
@@ -330,8 +330,8 @@ class CoarseSpec(PositionSpec):
         return x * (1 - 2 * (positions % 2)).view(-1, *[1] * (x.ndim - 1)).to(x.dtype)
 
 
-def test_positions_of_somebody_else_bias_and_turn() -> None:
-    """A table of the same size is the same; where every product changes its sign twice or never, so is the turning."""
+def test_third_party_positions_add_biases_and_rotate() -> None:
+    """A table of the same size gives the same biases. At even positions no sign changes, so the results are equal."""
     torch.manual_seed(0)
     coarse, own = (
         GAUSpec(query_size=4, hidden_size=6, window=3, position=position).build(5).double()

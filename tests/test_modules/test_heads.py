@@ -1,4 +1,4 @@
-"""Heads as sub-modules: all of them together are one multi-head attention, and each runs on its own tokens only."""
+"""Heads as sub-modules: their sum is one multi-head attention, and each runs on its own tokens only."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ every_spec = pytest.mark.parametrize("spec", [pytest.param(spec, id=name) for na
 
 
 def cut(whole: MultiHead, index: int) -> MultiHead:
-    """One head of an attention as an attention; the first has the bias of the result."""
+    """One head of an attention as a separate attention; the first head has the output bias."""
     head = whole.spec.replace(heads=1).build(WIDTH).double()
     own = slice(index * SIZE, (index + 1) * SIZE)
     with torch.no_grad():
@@ -37,7 +37,7 @@ def cut(whole: MultiHead, index: int) -> MultiHead:
 
 
 @every_spec
-def test_the_heads_of_an_attention_add_up_to_it(spec: MultiHeadSpec) -> None:
+def test_an_attention_is_the_sum_of_its_heads(spec: MultiHeadSpec) -> None:
     whole = spec.build(WIDTH).double()
     spread(whole)
     heads = {name: cut(whole, index) for index, name in enumerate(NAMES)}

@@ -18,7 +18,7 @@ def test_identity_returns_its_tokens(dtype: torch.dtype, layout: Layout) -> None
     assert torch.equal(out, x.where(active[..., None], 0))
 
 
-def test_identity_passes_gradients_on() -> None:
+def test_identity_passes_gradients_through() -> None:
     x = torch.randn(2, 3, 2, requires_grad=True)
     incoming = torch.randn(6, 2)
     IdentitySpec().build(2)(lay(x, first([3, 3], 3), "packed"))[0].backward(incoming)

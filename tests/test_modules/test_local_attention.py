@@ -53,8 +53,8 @@ def make(
     return module
 
 
-def twin(module: LocalAttention) -> MultiHead:
-    """Attention to all tokens with the same weights."""
+def full_attention(module: LocalAttention) -> MultiHead:
+    """Full attention with the same weights."""
     fields = {name: getattr(module.spec, name) for name in AttentionSpec.model_fields if name != "kind"}
     whole = AttentionSpec(**fields).build(module.out_proj.in_features).to(module.out_proj.weight.dtype)
     whole.load_state_dict(module.state_dict())
@@ -77,7 +77,7 @@ def matches(
 def test_attention_agrees_with_the_loop(
     window: int, bidirectional: bool, heads: int, position: str, layout: Layout
 ) -> None:
-    # A block has 32 slots or half a window: more than two of them, one and a token, one token, and none.
+    # A block has 32 slots or half a window. Rows have more than two blocks, a block and a token, one token, or none.
     matches(
         make(window, position=position, heads=heads, bidirectional=bidirectional), first([65, 0, 33, 1], 65), layout
     )
@@ -113,17 +113,17 @@ def test_any_activity_agrees_with_the_loop(
 
 
 @DIRECTIONS
-def test_scores_beyond_what_an_exponential_can_hold_agree_with_the_loop(bidirectional: bool) -> None:
-    # Scores of some thousands: the largest one takes all of the weight.
+def test_scores_that_overflow_an_exponential_agree_with_the_loop(bidirectional: bool) -> None:
+    # Scores of some thousands: the largest score gets the whole weight.
     matches(make(bidirectional=bidirectional), first([41, 7], 41), "packed", scale=30.0)
 
 
 @DIRECTIONS
 @pytest.mark.parametrize("position", sorted(POSITIONS))
 @pytest.mark.parametrize("window", [44, 45, 300])
-def test_a_window_over_the_whole_row_is_attention_to_all(window: int, position: str, bidirectional: bool) -> None:
+def test_a_window_over_the_whole_row_equals_full_attention(window: int, position: str, bidirectional: bool) -> None:
     module = make(window, position=position, bidirectional=bidirectional)
-    whole, active = twin(module), first([45, 0, 33], 45)
+    whole, active = full_attention(module), first([45, 0, 33], 45)
     names = [name for name, _ in module.named_parameters()]
     parameters = {name: parameter.detach().requires_grad_() for name, parameter in module.named_parameters()}
 
@@ -145,7 +145,7 @@ def test_a_window_over_the_whole_row_is_attention_to_all(window: int, position: 
     rate=st.sampled_from([0.0, 0.1, 0.5]),
     seed=st.integers(0, 999),
 )
-def test_reach_is_what_the_loop_reaches(
+def test_in_reach_agrees_with_the_loop(
     window: int, causal: bool, layout: Layout, lengths: list[int], rate: float, seed: int
 ) -> None:
     source = torch.Generator().manual_seed(seed)
@@ -161,9 +161,7 @@ def test_reach_is_what_the_loop_reaches(
 @DIRECTIONS
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf], ids=str)
 @pytest.mark.parametrize(("window", "place"), [(5, 0), (5, 31), (5, 40), (40, 3), (40, 79), (100, 50)])
-def test_what_is_not_finite_reaches_its_window_and_nothing_else(
-    window: int, place: int, bad: float, bidirectional: bool
-) -> None:
+def test_non_finite_values_reach_their_window_only(window: int, place: int, bad: float, bidirectional: bool) -> None:
     module = make(window, bidirectional=bidirectional)
     x = torch.randn(2, 80, 8, dtype=torch.float64)
     clean, x[0, place, 3] = along(module, x), bad
@@ -178,7 +176,7 @@ def test_what_is_not_finite_reaches_its_window_and_nothing_else(
 @pytest.mark.parametrize(
     "chunks", [pytest.param(steps(30), id="steps"), pytest.param([slice(0, 9), slice(9, 30)], id="chunks")]
 )
-def test_what_is_not_finite_leaves_a_stream_after_its_window(chunks: list[slice]) -> None:
+def test_non_finite_values_leave_a_stream_after_their_window(chunks: list[slice]) -> None:
     module = make(6, bidirectional=False)
     x = torch.randn(2, 30, 8, dtype=torch.float64)
     active = first([30, 30], 30)

@@ -38,12 +38,12 @@ def assert_is_the_loop(rows: int, length: int, channels: int, taps: int) -> None
 @pytest.mark.parametrize(
     ("length", "taps"), [(1, 1), (2, 2), (2, 1), (3, 3), (8, 8), (9, 5), (16, 1), (17, 17), (25, 24)]
 )
-def test_convolution_is_the_sum_over_lags(length: int, taps: int) -> None:
+def test_convolution_equals_the_sum_over_lags(length: int, taps: int) -> None:
     assert_is_the_loop(2, length, 3, taps)
 
 
 @pytest.mark.parametrize("channels", [1, 31, 32, 33, 64, 65])
-def test_channels_around_a_group_are_the_sum_over_lags(channels: int) -> None:
+def test_numbers_of_channels_around_a_group_equal_the_sum_over_lags(channels: int) -> None:
     assert_is_the_loop(3, 6, channels, 4)
 
 
@@ -53,11 +53,11 @@ def test_channels_around_a_group_are_the_sum_over_lags(channels: int) -> None:
     channels=st.integers(1, 3),
     share=st.floats(0, 1),
 )
-def test_convolution_of_any_size_is_the_sum_over_lags(rows: int, length: int, channels: int, share: float) -> None:
+def test_convolution_of_any_size_equals_the_sum_over_lags(rows: int, length: int, channels: int, share: float) -> None:
     assert_is_the_loop(rows, length, channels, 1 + round(share * (length - 1)))
 
 
-def test_nothing_wraps_around_from_one_end_to_the_other() -> None:
+def test_the_ends_of_a_row_never_wrap_around() -> None:
     ahead, reverse, skip = (
         torch.full(shape, fill, dtype=torch.float64) for shape, fill in (((1, 30), 1.0), ((1, 30), 0.0), ((1,), 0.0))
     )

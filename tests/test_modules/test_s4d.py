@@ -1,4 +1,4 @@
-"""The diagonal state-space model against its recurrence, in every layout, and what it promises at the edges."""
+"""The diagonal state-space model against its recurrence, in every layout and for extreme parameters."""
 
 import math
 from typing import Any
@@ -26,8 +26,8 @@ CORE = {"activation": "none", "mixing": "none"}
 def make(
     width: int = 2, *, spread: float = 1.0, seed: int = 0, dtype: torch.dtype = torch.float64, **fields: Any
 ) -> S4D:
-    """A module with random parameters: steps around `spread`, frequencies around 10 / `spread`, so that a token turns
-    by some radians.
+    """A module with random parameters: steps near `spread` and frequencies near 10 / `spread`, that is, rotations of
+    some radians per token.
     """
     torch.manual_seed(seed)
     module = draw(S4DSpec(**{"state_size": 6, **fields}).build(width).to(dtype))
@@ -69,7 +69,7 @@ def matches(module: S4D, active: Tensor, layout: Layout) -> None:
 @pytest.mark.parametrize("state_size", [2, 6])
 @pytest.mark.parametrize("spread", [0.01, 1.0])
 @DIRECTIONS
-def test_outputs_and_gradients_are_those_of_the_recurrence(
+def test_outputs_and_gradients_agree_with_the_recurrence(
     bidirectional: bool, spread: float, state_size: int, layout: Layout
 ) -> None:
     matches(
@@ -111,7 +111,7 @@ def test_any_activity_agrees_with_the_recurrence(
 
 @pytest.mark.parametrize("initial", ["lin", "inv"])
 @DIRECTIONS
-def test_module_as_it_is_built_agrees_with_the_recurrence(bidirectional: bool, initial: str) -> None:
+def test_initial_module_agrees_with_the_recurrence(bidirectional: bool, initial: str) -> None:
     torch.manual_seed(0)
     module = S4DSpec(state_size=16, bidirectional=bidirectional, initial=initial).build(3).double()
     matches(module, first([100, 40], 100), "packed")
@@ -174,7 +174,7 @@ def test_float32_stays_near_float64_over_thousands_of_tokens(bidirectional: bool
 def test_extreme_parameters_stay_finite(
     bidirectional: bool, log_dt: float, log_a_re: float, a_im: float, dtype: torch.dtype
 ) -> None:
-    # Steps of no length, states that forget everything or nothing, and A near 0, where (q - 1) / A has no value.
+    # Steps of length 0, states with full or no decay, and A near 0, where (q - 1) / A is 0 / 0.
     module = make(1, bidirectional=bidirectional, dtype=dtype, state_size=2, **CORE)
     with torch.no_grad():
         for parameter, value in ((module.log_dt, log_dt), (module.log_a_re, log_a_re), (module.a_im, a_im)):
@@ -188,7 +188,7 @@ def test_extreme_parameters_stay_finite(
     wanted = s4d_loop(module.double(), x[0].double())
     if log_dt <= 0 or log_a_re >= 0 or a_im == 0:
         assert (out[0].double() - wanted).norm() <= (1e-5 if dtype is torch.float32 else 1e-9) * wanted.norm()
-    else:  # a token turns by 1e13 radians without decay: no program knows the phase after many
+    else:  # 1e13 radians per token without decay: rounding makes the phase arbitrary after many tokens
         assert out.isfinite().all()
 
 
@@ -199,7 +199,7 @@ def test_extreme_parameters_stay_finite(
         pytest.param("inv", [30 / math.pi, 6 / math.pi, 6 / math.pi * 0.2], id="inv"),
     ],
 )
-def test_parameters_start_where_the_authors_start(initial: str, frequencies: list[float]) -> None:
+def test_initial_parameters_are_those_of_the_authors(initial: str, frequencies: list[float]) -> None:
     torch.manual_seed(0)
     module = S4DSpec(state_size=6, initial=initial, dt_min=0.01, dt_max=0.5, mixing="none").build(4000)
     torch.testing.assert_close(module.a_im, torch.tensor(frequencies).expand(4000, 3))

@@ -1,4 +1,4 @@
-"""The scan that continues from states and returns those at the ends of rows, against a loop over the tokens."""
+"""The scan that continues from states and returns the final state of every row, against a loop over the tokens."""
 
 import math
 
@@ -18,7 +18,7 @@ lengths_of_chunks = pytest.mark.parametrize("length", [1, 2, CHUNK - 1, CHUNK, C
 
 
 def loop(x_BLD: Tensor, lengths: list[int], recurrence: ComplexRecurrence, before_BDN: Tensor) -> tuple[Tensor, Tensor]:
-    """Row by row and token by token; a row ends after its length, and its later outputs have no meaning."""
+    """Row by row and token by token; a row ends after its length, and its later outputs are undefined."""
     decay = torch.exp(torch.complex(recurrence.log_decay, recurrence.angle))
     weight = as_complex(recurrence.outward).conj()
     before_BDN = as_complex(before_BDN)
@@ -56,7 +56,7 @@ def assert_scan_is_the_loop(lengths: list[int], longest: int, recurrence: Comple
 
 @pytest.mark.parametrize("initial", [False, True], ids=["from-zeros", "from-states"])
 @lengths_of_chunks
-def test_outputs_final_states_and_gradients_are_the_loop_at_every_number_of_chunks(length: int, initial: bool) -> None:
+def test_outputs_final_states_and_gradients_equal_the_loop_for_any_number_of_chunks(length: int, initial: bool) -> None:
     torch.manual_seed(length)
     lengths = [length, 0, 1, length // 2, min(length, CHUNK), length - 1] if length > 1 else [1, 1]
     assert_scan_is_the_loop(lengths, length, draw_recurrence(2, 3), initial)
@@ -70,7 +70,7 @@ def test_outputs_final_states_and_gradients_are_the_loop_at_every_number_of_chun
     initial=st.booleans(),
     seed=st.integers(0, 2**16),
 )
-def test_scan_is_the_loop_for_any_sizes(
+def test_scan_equals_the_loop_for_any_sizes(
     lengths: list[int], more: int, channels: int, states: int, initial: bool, seed: int
 ) -> None:
     torch.manual_seed(seed)
@@ -89,7 +89,7 @@ def test_a_scan_continues_where_another_ended(seed: int, cut: int) -> None:
     near(second.final, whole.final)
 
 
-def test_one_step_is_a_scan_of_one_input() -> None:
+def test_one_step_equals_a_scan_of_one_input() -> None:
     recurrence = draw_recurrence(2, 3)
     x = torch.randn(4, 1, 2, dtype=torch.float64)
     before = torch.randn(4, *recurrence.outward.shape, dtype=torch.float64)
@@ -114,7 +114,7 @@ def test_scan_with_states_passes_gradcheck() -> None:
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 2), (2, 0, 2)], ids=["no-rows", "no-tokens"])
-def test_nothing_leaves_the_states_as_they_are_and_has_a_gradient(shape: tuple[int, int, int]) -> None:
+def test_empty_inputs_keep_the_states_and_give_zero_gradients(shape: tuple[int, int, int]) -> None:
     recurrence, x = draw_recurrence(2, 3), torch.zeros(shape, dtype=torch.float64)
     before = torch.randn(shape[0], *recurrence.outward.shape, dtype=torch.float64)
     scanned = advance(x, torch.zeros(shape[0]).long(), recurrence, before)
@@ -143,8 +143,8 @@ def test_no_later_input_changes_an_earlier_output_or_another_row(position: int, 
 
 @pytest.mark.usefixtures("as_users_run")  # a thousand calls
 def test_small_decays_and_turns_add_up_without_drift() -> None:
-    # In float32 q = e^(-1e-7 + i 1e-6) rounds equally in every step; a thousand chunks decay by e^-0.0064 and turn by
-    # 0.064.
+    # q = e^(-1e-7 + i 1e-6) in float32 would repeat the same rounding error in every step. A thousand chunks decay by
+    # e^-0.0064 and rotate by 0.064 rad.
     exponent = (torch.full((1, 1), value, dtype=torch.float64) for value in (-1e-7, 1e-6))
     recurrence = ComplexRecurrence(*exponent, torch.ones(1, 2))
     state, turned = torch.tensor([[[1.0, 0.0]]]), torch.tensor([math.cos(0.064), math.sin(0.064)])

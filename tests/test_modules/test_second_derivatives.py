@@ -1,4 +1,4 @@
-"""Second derivatives are right or refused, never wrong in silence."""
+"""Second derivatives are right or refused, never silently wrong."""
 
 from collections.abc import Callable, Sequence
 
@@ -18,9 +18,7 @@ SLICED = "derivative for aten::_scaled_dot_product"
 
 
 def _refused(loss: Callable[[], Tensor], parameters: Sequence[Tensor]) -> str:
-    """Hold the product of Hessian and a direction to differences of gradients; return the message where that is
-    refused.
-    """
+    """Compare Hessian-vector products with differences of gradients; return the error message if they are refused."""
     directions = [normal(*parameter.shape, seed=place) for place, parameter in enumerate(parameters)]
     try:
         gradients = torch.autograd.grad(loss(), parameters, create_graph=True)

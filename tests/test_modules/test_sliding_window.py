@@ -21,7 +21,7 @@ Z, H, P = 2, 3, 9  # query and value width, true distances in the table
 
 
 def tables(window: int | None) -> dict[str, Tensor]:
-    """A table for every way to count distances that there is with this window."""
+    """A table for every kind of distance that exists with this window."""
     found = {"true_distance": torch.randn(2 * P - 1, dtype=torch.float64, requires_grad=True)}
     if window is not None:
         found["slot_distance"] = torch.randn(6 * window - 1, dtype=torch.float64, requires_grad=True)
@@ -117,7 +117,7 @@ def test_any_rows_agree_with_the_loop(
 ) -> None:
     torch.manual_seed(seed)
     active = first(lengths, max(1, *lengths))
-    # Positions with gaps, as routed tokens have them, somewhere in a long stream.
+    # Positions with gaps, as in routed tokens, at some offset of a long stream.
     positions = offset + torch.randint(1, 4, active.shape).cumsum(1)
     assert_is_the_loop(active, window, causal, weighting, distance, layout, positions)
 
@@ -126,20 +126,20 @@ def test_any_rows_agree_with_the_loop(
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("window", [3, 40, None])
 @pytest.mark.parametrize("gap", [2**30 - 2, 2**30, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**32 + 1, 2**53 + 1, 2**60])
-def test_positions_however_far_apart_agree_with_the_loop(
+def test_positions_at_any_distance_agree_with_the_loop(
     gap: int, window: int | None, layout: Layout, causal: bool
 ) -> None:
     torch.manual_seed(0)
     lengths = [45, 0, 7]
     active = first(lengths, 45)
-    # Neighbours, one gap in the middle, neighbours again; and rows that stand far from each other.
+    # Consecutive positions before and after one gap; the rows start far from each other.
     positions = torch.arange(45) + gap * (torch.arange(45) >= 5) + torch.tensor([[0], [3], [gap]])
     assert_is_the_loop(active, window, causal, "softmax", "true_distance", layout, positions)
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 @pytest.mark.parametrize("causal", [pytest.param(False, id="bidirectional"), pytest.param(True, id="causal")])
-def test_a_pair_out_of_reach_weighs_exactly_nothing(causal: bool, weighting: Weighting) -> None:
+def test_a_pair_out_of_reach_has_weight_exactly_zero(causal: bool, weighting: Weighting) -> None:
     torch.manual_seed(0)
     window, place = 3, 45
     x, active = torch.randn(2, 90, 2 * Z + H, dtype=torch.float64), first([90, 60], 90)
@@ -160,7 +160,7 @@ def test_a_pair_out_of_reach_weighs_exactly_nothing(causal: bool, weighting: Wei
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 @pytest.mark.parametrize("causal", [pytest.param(False, id="bidirectional"), pytest.param(True, id="causal")])
-def test_window_as_long_as_the_row_is_no_window(causal: bool, weighting: Weighting) -> None:
+def test_window_as_long_as_the_row_equals_no_window(causal: bool, weighting: Weighting) -> None:
     torch.manual_seed(0)
     tokens = lay(torch.randn(3, 50, 2 * Z + H, dtype=torch.float64), first([50, 7, 0], 50), "packed")
     whole = attend_tokens(tokens, None, causal, weighting=weighting)
@@ -198,7 +198,7 @@ def test_attend_passes_gradcheck(causal: bool, weighting: Weighting, distance: s
     table = tables(window).get(distance)
 
     def program(q: Tensor, k: Tensor, v: Tensor, *table: Tensor) -> Tensor:
-        torch.manual_seed(1)  # gradcheck asks many times: every time the same weights are dropped
+        torch.manual_seed(1)  # gradcheck calls this many times; every call must drop the same weights
         bias = bias_of(table[0], distance, window) if table else None
         return attend(q, k, v, tokens, window=window, causal=causal, weighting=weighting, bias=bias, dropout=dropout)
 
@@ -210,7 +210,7 @@ def test_attend_passes_gradcheck(causal: bool, weighting: Weighting, distance: s
 def test_dropping_weights_changes_nothing_on_average(weighting: Weighting) -> None:
     torch.manual_seed(0)
     tokens = lay(torch.randn(1, 12, 2 * Z + H, dtype=torch.float64), first([12], 12), "packed")
-    # One row many times over is many draws in one call.
+    # Copies of one row give many draws in one call.
     draws = lay(tokens.values.expand(4000, 12, 2 * Z + H), first([12] * 4000, 12), "packed")
     wanted = attend_tokens(tokens, 4, False, weighting=weighting)
     found = attend_tokens(draws, 4, False, weighting=weighting, dropout=0.3).unflatten(0, (4000, 12))
@@ -222,7 +222,7 @@ def test_dropping_weights_changes_nothing_on_average(weighting: Weighting) -> No
 def test_dropped_weights_are_zero_and_the_others_grow() -> None:
     torch.manual_seed(0)
     values = torch.zeros(1, 20, 2 * Z + H, dtype=torch.float64)
-    values[..., 2 * Z :] = 1  # equal scores and equal values: a result counts the weights that are left
+    values[..., 2 * Z :] = 1  # with equal scores and values a result counts the remaining weights
     tokens = lay(values, first([20], 20), "packed")
     kept = attend_tokens(tokens, None, False, dropout=0.25)[:, 0] * 20 * 0.75
     torch.testing.assert_close(kept, kept.round(), rtol=0, atol=1e-9)
@@ -256,7 +256,7 @@ def test_inputs_are_never_changed(weighting: Weighting, layout: Layout) -> None:
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_memory_grows_with_the_tokens_and_not_with_their_square(weighting: Weighting) -> None:
+def test_memory_grows_linearly_with_the_tokens(weighting: Weighting) -> None:
     def kept(length: int) -> int:
         tokens = lay(torch.randn(1, length, 2 * Z + H).requires_grad_(), first([length], length), "packed")
         bias = Bias(torch.randn(2 * P - 1, requires_grad=True), P - 1, over_slots=False)

@@ -1,4 +1,4 @@
-"""What `ema` and `s4d` have in common: causality to the bit, precision, memory, slots and two directions."""
+"""Common laws of `ema` and `s4d`: bit-exact causality, precision, memory, slots and two directions."""
 
 from collections.abc import Callable
 
@@ -45,7 +45,7 @@ def impulse() -> Tensor:
     ("size", "position"),
     [*((None, position) for position in (0, 1, 63, 64, 100, 149)), *((size, 101) for size in (1, 40, 70))],
 )
-def test_a_causal_one_leaves_earlier_outputs_bit_equal(
+def test_earlier_outputs_of_a_causal_module_stay_bit_equal(
     make: Make, fields: dict[str, object], bad: float, size: int | None, position: int
 ) -> None:
     module = make(2, bidirectional=False, dtype=torch.float32, **fields)
@@ -60,7 +60,7 @@ def test_a_causal_one_leaves_earlier_outputs_bit_equal(
 
 
 @kinds
-def test_routed_tokens_are_read_by_slots_and_not_by_positions(make: Make) -> None:
+def test_routed_tokens_count_slots_instead_of_positions(make: Make) -> None:
     module = make(2, bidirectional=False)
     x = torch.randn(1, 30, 2, dtype=torch.float64)
     active = torch.rand(1, 30, generator=torch.Generator().manual_seed(0)) < 0.4
@@ -84,7 +84,7 @@ def test_directions_have_parameters_of_their_own(make: Make, parameter: str) -> 
 
 @kinds
 @directions
-def test_no_tensor_of_every_state_and_token_is_kept(make: Make, bidirectional: bool) -> None:
+def test_no_tensor_of_states_times_tokens_is_kept(make: Make, bidirectional: bool) -> None:
     length, states = 4096, 64
     module = make(1, state_size=states, bidirectional=bidirectional, dtype=torch.float32)
     assert saved_bytes(lambda: along(module, torch.randn(1, length, 1))) < 4 * length * states
@@ -106,7 +106,7 @@ def test_half_precision_tokens_give_results_of_their_dtype(make: Make, bidirecti
 @kinds
 @half_precisions
 @directions
-def test_autocast_never_reaches_the_recurrence(make: Make, bidirectional: bool, dtype: torch.dtype) -> None:
+def test_autocast_never_changes_the_recurrence(make: Make, bidirectional: bool, dtype: torch.dtype) -> None:
     module = make(3, bidirectional=bidirectional, dtype=torch.float32)
     x = torch.randn(2, 300, 3)
     with torch.autocast("cpu", dtype=dtype):

@@ -1,4 +1,4 @@
-"""The sub-modules that the laws of the whole zoo are tried on."""
+"""The sub-modules on which the tests of the whole zoo run."""
 
 import torch
 

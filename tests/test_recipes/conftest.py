@@ -28,7 +28,7 @@ def finished(data: TaskData, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 
 @pytest.fixture
 def tapes(monkeypatch: pytest.MonkeyPatch) -> list[TapeRecorder]:
-    """Let updates on the CPU be recorded; returns the recorders as they are made."""
+    """Record updates on the CPU; the returned list receives every recorder."""
     made: list[TapeRecorder] = []
 
     def make() -> TapeRecorder:
@@ -36,7 +36,7 @@ def tapes(monkeypatch: pytest.MonkeyPatch) -> list[TapeRecorder]:
         return made[-1]
 
     monkeypatch.setitem(graph.RECORDERS, "cpu", make)
-    monkeypatch.setattr(batches, "LENGTHS", 1)  # one shape
+    monkeypatch.setattr(batches, "LENGTHS", 1)  # one padded length
     for name in ("torch.optim.adam", "torch.optim.radam"):
         module = importlib.import_module(name)
         monkeypatch.setattr(module, "_get_capturable_supported_devices", lambda supports_xla=True: ["cpu", "meta"])

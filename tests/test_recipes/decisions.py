@@ -17,7 +17,7 @@ def _decision(names: Sequence[str], rows: int, length: int, seed: int) -> Decisi
 
 
 def batches(layers: Sequence[Sequence[str]]) -> Iterator[tuple[list[Decision], Tensor]]:
-    """Batches of different sizes, padded and not, one without a valid token."""
+    """Batches of different sizes, with and without padding; one has no valid token."""
     for seed, (rows, length, share) in enumerate([(3, 7, 0.6), (1, 2, 1.0), (5, 11, 0.3), (2, 4, 0.0)]):
         valid = torch.rand(rows, length, generator=generator(50 + seed)) < share
         yield [_decision(names, rows, length, 10 * seed + place) for place, names in enumerate(layers)], valid

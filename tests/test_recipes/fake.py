@@ -1,4 +1,4 @@
-"""A trainer that ends at once, for tests of grids and studies."""
+"""Fake trainer that returns immediately, for tests of grids and studies."""
 
 import json
 from pathlib import Path
@@ -10,14 +10,14 @@ from sma.recipes.tasks.contract import TaskData
 from sma.spec import dump_yaml
 
 BROKEN = "broken"
-"""A file of this name lets the run of its folder fail."""
+"""A file of this name makes the run in its folder fail."""
 
 TRAININGS = "trainings.txt"
-"""One line for each time that a folder was trained in."""
+"""File with one line per training in its folder."""
 
 
 def summary_of(spec: ExperimentSpec, **changes: Any) -> dict[str, Any]:
-    """A summary whose numbers follow from the experiment alone."""
+    """A summary whose numbers depend only on the experiment."""
     layers = [layer for layer in spec.model.layer_specs if layer.modules]
     rates = [
         dict.fromkeys(layer.modules, layer.router.expected_rate if layer.router.fixed_rate else 0.25 + 0.01 * number)
@@ -48,7 +48,7 @@ def summary_of(spec: ExperimentSpec, **changes: Any) -> dict[str, Any]:
 def train(
     spec: ExperimentSpec, folder: Path, data: TaskData, *, accelerator: str, progress: bool, title: str | None
 ) -> None:
-    """Write what a run leaves: the experiment and the summary."""
+    """Write the files of a finished run: the experiment and the summary."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / TRAININGS).open("a") as file:
         file.write(f"{spec.seed}\n")
@@ -59,5 +59,5 @@ def train(
 
 
 def trainings(folder: Path) -> int:
-    """How often a folder was trained in."""
+    """Number of trainings in a folder."""
     return len((folder / TRAININGS).read_text().splitlines()) if (folder / TRAININGS).exists() else 0

@@ -1,4 +1,4 @@
-"""The command of the recipe on ListOps in a process of its own, for the tests that run or kill it."""
+"""The recipe on ListOps as a command in a separate process, for tests that run or kill it."""
 
 import subprocess
 import sys
@@ -15,12 +15,12 @@ RESUME = "python -m sma.recipes.seqboat_lra --resume"
 
 
 def write_spec(folder):
-    """Write the experiment into a file of the folder; returns its path."""
+    """Write the experiment to a file in the folder; return its path."""
     path = folder / "spec.yaml"
     path.write_text(yaml.safe_dump(EXPERIMENT), encoding="utf-8")
     return path
 
 
 def run(command, timeout=280):
-    """Run a command in the root of the repository and keep its output."""
+    """Run a command in the repository root and capture its output."""
     return subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=timeout)

@@ -1,4 +1,4 @@
-"""A task of another package: regression, which is neither classification nor language modelling."""
+"""A third-party task: regression, which is neither classification nor language modelling."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +22,7 @@ LENGTH = 12
 
 
 class Rows(NamedTuple):
-    """Rows of real numbers, `(N, L)`, of three splits."""
+    """Rows of real numbers for three splits, each `(N, L)`."""
 
     train: Tensor
     validation: Tensor
@@ -57,7 +57,7 @@ class Scores(nn.Module):
 
 
 class Regressor(TrainingModule):
-    """Squared error of the only score of a classifier."""
+    """Training module that minimises the squared error of a classifier's only logit."""
 
     def __init__(self, model: SequenceModel, training: TrainingSpec) -> None:
         super().__init__(model, training)
@@ -98,7 +98,7 @@ class Regressor(TrainingModule):
 
 
 class RegressionReport(NamedTuple):
-    """One sentence and a file for a figure."""
+    """One line of text, and a text file in place of a figure."""
 
     rows: int
 
@@ -111,7 +111,7 @@ class RegressionReport(NamedTuple):
 
 
 class Regression(Objective[RowMeanTask, Rows]):
-    """Trains by the squared error, and tests it."""
+    """Train with the squared error, and test it."""
 
     def module(
         self, model: SequenceModel, training: TrainingSpec, distributed: DistributedContext = SINGLE_PROCESS
@@ -137,7 +137,7 @@ class Regression(Objective[RowMeanTask, Rows]):
 
 
 class Batches:
-    """The rows of every update after the first `done`; as long as the whole training."""
+    """Row indices of every update after the first `done`; the length counts all updates."""
 
     def __init__(self, order: Tensor, done: int, distributed: DistributedContext) -> None:
         self.order, self.done, self.distributed = order, done, distributed

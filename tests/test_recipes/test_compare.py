@@ -1,4 +1,4 @@
-"""SeqBoat beside its baselines: the runs, the table, and what the command refuses."""
+"""Comparison of SeqBoat with its baselines: runs, tables, and rejected commands."""
 
 import csv
 import json
@@ -26,7 +26,7 @@ from tests.test_recipes.test_reports.test_table import summary as table_summary
 from tests.test_recipes.tiny import EXPERIMENT, tiny
 
 
-def test_other_updates_keep_the_shares_of_warm_up_evaluation_and_budget():
+def test_with_updates_keeps_the_proportions_of_warm_up_evaluation_and_budget():
     spec = tiny(
         training__updates=100,
         training__warmup=10,
@@ -51,7 +51,7 @@ def experiment_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory, experiment_file):
-    """A finished comparison of three models, one of them with two seeds' worth of runs."""
+    """A finished comparison of three models with two seeds each."""
     out = tmp_path_factory.mktemp("compared") / "out"
     asked = [
         "--spec",
@@ -71,7 +71,7 @@ def compared(tmp_path_factory, experiment_file):
 
 
 @pytest.mark.slow
-def test_table_says_what_the_runs_say(compared):
+def test_table_and_summary_match_the_runs(compared):
     summary = json.loads((compared / "summary.json").read_text())
     names = [f"{model}-{seed}" for model in ("transformer", "mega_chunk", "seqboat") for seed in (0, 1)]
     assert [row["name"] for row in summary["rows"]] == names
@@ -91,7 +91,7 @@ def test_table_says_what_the_runs_say(compared):
     text = (compared / "table.md").read_text()
     assert text == markdown(comparison_table(summary))
     assert "| transformer | " in text
-    assert text.splitlines()[2].count("1.00x") >= 2  # of so short rows the memory is nothing that could be compared
+    assert text.splitlines()[2].count("1.00x") >= 2  # rows this short use too little memory for a ratio
     rows = list(csv.DictReader((compared / "table.csv").read_text().splitlines()))
     assert (compared / "table.csv").read_text() == comma_separated(comparison_table(summary))
     assert [f"{row['variant']}-{row['seed']}" for row in rows] == names
@@ -109,7 +109,7 @@ def _table(*rows):
     return comparison_table(table_summary(*rows, minutes=None, measured_length=4096))
 
 
-def test_figures_are_relative_where_the_transformer_was_measured_and_the_caption_says_which():
+def test_costs_are_relative_if_the_transformer_was_measured_and_the_caption_states_it():
     mine, there = _cost(5.0, 3.0), {"measured_on": "a GPU"}
     seqboat = [_row("seqboat", seed, parameters=1, **mine, **there) for seed in (0, 1)]
     relative = markdown(_table(_row("transformer", 1, **_cost(10.0, 6.0), **there), *seqboat))
@@ -122,7 +122,7 @@ def test_figures_are_relative_where_the_transformer_was_measured_and_the_caption
     assert "Speed and memory are not measured yet." in markdown(_table(_row("transformer"), _row("seqboat")))
 
 
-def test_values_hold_what_is_relative_to_the_transformer():
+def test_csv_holds_costs_relative_to_the_transformer():
     there = {"measured_on": "a GPU"}
     seqboat = [_row("seqboat", seed, **_cost(4.0, 0.0), **there) for seed in (0, 1)]
     text = comma_separated(_table(_row("transformer", **_cost(10.0, 6.0), **there), *seqboat, _row("ema")))
@@ -137,7 +137,7 @@ def test_values_hold_what_is_relative_to_the_transformer():
 
 @pytest.fixture
 def without_training(monkeypatch):
-    """Runs that end at once: `fails` are the names of those that fail, `devices` what was measured where."""
+    """Runs that end at once: `fails` names those that fail, `devices` records which run was measured where."""
     seen = SimpleNamespace(fails=[], devices=[], began=[])
 
     def trainer(spec, folder, data, **options):
@@ -159,7 +159,7 @@ def _main(*arguments):
     return main([*map(str, arguments), "--no-progress"])
 
 
-def test_speed_is_measured_where_it_was_trained_by_the_first_run_that_is_finished(
+def test_speed_is_measured_on_the_training_device_with_the_first_finished_run(
     tmp_path, experiment_file, without_training, capsys
 ):
     out, data = tmp_path / "out", tmp_path
@@ -176,7 +176,7 @@ def test_speed_is_measured_where_it_was_trained_by_the_first_run_that_is_finishe
     assert json.loads((out / "summary.json").read_text())["failed"] == []
 
 
-def test_updates_of_a_time_are_measured_at_the_rates_of_the_whole_schedule(data, monkeypatch):
+def test_updates_in_a_time_are_estimated_over_the_rates_of_the_whole_schedule(data, monkeypatch):
     spec = tiny(training__updates=200, training__budget="{target: 0.1, hold: 60, anneal: 60, floor: 0.0}")
     rates = []
     step = Classifier.training_step
@@ -202,12 +202,12 @@ def test_updates_of_a_time_are_measured_at_the_rates_of_the_whole_schedule(data,
 
 @pytest.fixture
 def without_data(monkeypatch, data):
-    """Tasks whose data costs nothing."""
+    """Tasks whose `prepare` returns existing data."""
     for kind in (DigitsTask, ListOpsTask):
         monkeypatch.setattr(kind, "prepare", lambda *_, **__: data)
 
 
-def test_resumed_comparison_of_several_tasks_is_the_one_that_was_asked_for(
+def test_resumed_comparison_of_several_tasks_keeps_its_options(
     tmp_path, without_training, without_data, monkeypatch, capsys
 ):
     asked = ["--task", "digits,listops", "--models", "transformer,seqboat", "--seeds", 3]
@@ -276,7 +276,7 @@ def test_settings_that_cannot_vary_are_refused(varied, complaint, tmp_path, caps
     assert not (tmp_path / "out").exists()
 
 
-def test_failure_in_one_task_stops_no_other(tmp_path, without_training, without_data, capsys):
+def test_failure_in_one_task_does_not_stop_the_others(tmp_path, without_training, without_data, capsys):
     without_training.fails = ["seqboat-0"]
     asked = ["--task", "digits,listops", "--models", "seqboat,ema", "--out", tmp_path / "out", "--data", tmp_path]
     assert _main(*asked) == 2
@@ -284,7 +284,7 @@ def test_failure_in_one_task_stops_no_other(tmp_path, without_training, without_
     assert "| ema | " in (tmp_path / "out" / "table.md").read_text()
 
 
-def test_report_of_several_tasks_writes_their_tables_again(tmp_path, without_training, without_data, capsys):
+def test_report_of_several_tasks_rewrites_their_tables(tmp_path, without_training, without_data, capsys):
     out = tmp_path / "out"
     assert _main("--task", "digits,listops", "--models", "seqboat,ema", "--out", out, "--data", tmp_path) == 0
     before = {path: path.read_bytes() for path in out.rglob("table.*")}
@@ -298,7 +298,7 @@ def test_report_of_several_tasks_writes_their_tables_again(tmp_path, without_tra
 
 
 @pytest.mark.parametrize("killed", range(5))
-def test_start_that_was_killed_between_two_files_is_repeated_by_auto_resume(
+def test_auto_resume_repeats_a_start_that_was_interrupted_between_two_files(
     tmp_path, without_training, without_data, monkeypatch, killed
 ):
     command = ["--task", "digits,listops", "--models", "seqboat", "--data", tmp_path, "--out", tmp_path / "out"]
@@ -318,7 +318,7 @@ def test_start_that_was_killed_between_two_files_is_repeated_by_auto_resume(
     assert {folder for folder, *_ in without_training.began} == {"digits", "listops"}
 
 
-def test_comparison_of_several_tasks_says_what_is_wrong_with_any_before_the_first_begins(tmp_path, capsys):
+def test_comparison_of_several_tasks_checks_all_before_the_first_starts(tmp_path, capsys):
     assert main(["--task", "digits,text", "--set", "task.data.length=64", "--out", str(tmp_path / "out")]) == 2
     assert "task.data.length" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -336,7 +336,7 @@ def test_table_of_several_tasks_has_a_column_for_each():
 
 
 @pytest.mark.slow
-def test_resumed_comparison_trains_what_is_missing_and_nothing_else(compared, capsys):
+def test_resumed_comparison_trains_only_the_missing_runs(compared, capsys):
     before = (compared / "seqboat-0" / "summary.json").stat().st_mtime_ns
     (compared / "seqboat-1" / "summary.json").unlink()
     (compared / "table.md").unlink()
@@ -347,7 +347,7 @@ def test_resumed_comparison_trains_what_is_missing_and_nothing_else(compared, ca
     assert [row["accuracy"] for row in json.loads((compared / "summary.json").read_text())["rows"]] == accuracies
 
 
-def test_bad_command_lines_are_sentences(tmp_path, capsys, experiment_file):
+def test_bad_command_lines_give_error_messages(tmp_path, capsys, experiment_file):
     assert _main("--spec", experiment_file, "--models", "seqbot", "--out", tmp_path / "a") == 2
     assert "unknown model 'seqbot'; did you mean 'seqboat'" in capsys.readouterr().err
     assert not (tmp_path / "a").exists()

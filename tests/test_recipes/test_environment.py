@@ -1,4 +1,4 @@
-"""Recipes as programs: whatever Python runs them, they work, or a message states what to activate or to install."""
+"""Recipes as programs: they work in any Python, or an error states what to activate or to install."""
 
 import os
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import Ended, Without, run_without
+from tests.forks import run_without
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 NAMES = (
@@ -34,7 +34,7 @@ def _run(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_python_without_the_package_is_told_what_to_activate(script, tmp_path):
+def test_error_in_a_python_without_the_package_names_the_environment_to_activate(script, tmp_path):
     done = _run("-S", str(RECIPES / script), "--help", folder=tmp_path)  # without the folder of installed packages
     assert (done.returncode, done.stdout) == (1, "")
     assert re.fullmatch(
@@ -44,16 +44,16 @@ def test_a_python_without_the_package_is_told_what_to_activate(script, tmp_path)
 
 
 @pytest.mark.slow
-def test_an_extra_that_is_missing_is_one_message(tmp_path):
+def test_missing_extra_gives_one_message(tmp_path):
     cases = [
         *((f"sma.recipes.{name}", "pydantic_settings", "recipes") for name in NAMES),
         ("sma.recipes.seqboat_lra", "lightning", "recipes"),
-        ("sma.tune", "pydantic_settings", "tune"),  # in the core
-        ("sma.tune", "ray", "tune"),  # with the recipes
+        ("sma.tune", "pydantic_settings", "tune"),  # with the core only
+        ("sma.tune", "ray", "tune"),  # with the extra recipes
     ]
-    done = run_without([Without([package], module, []) for module, package, _ in cases], tmp_path)
+    done = [run_without([package], module, folder=tmp_path) for module, package, _ in cases]
     assert done == [
-        Ended(
+        (
             2,
             "",
             f"error: python -m {module} needs the extra {extra!r}, but its package {package} is not installed; "

@@ -67,14 +67,14 @@ def _at(data, path):
 
 
 @pytest.mark.parametrize(("path", "value"), [pytest.param(path, value, id=path) for path, value in PAPER.items()])
-def test_paper_preset_is_the_table_to_the_letter(path, value):
+def test_paper_preset_equals_the_table(path, value):
     assert _at(dump_spec(load_experiment("listops_paper")), path) == value
 
 
 def test_paper_preset_has_the_parameters_of_the_table():
     model = load_experiment("listops_paper").model
     assert model.num_parameters() == sum(parameter.numel() for parameter in model.build().parameters()) == 408_036
-    # The authors' vocabulary has five symbols more.
+    # The authors' vocabulary has five more symbols.
     assert load_experiment("listops_paper", ["encoder.vocabulary=21"]).model.num_parameters() == 408_436
 
 
@@ -116,7 +116,7 @@ def test_schedule_without_warm_up_starts_at_the_full_rate():
     assert [spec.learning_rate_at(step) for step in range(5)] == pytest.approx([0.2, 0.15, 0.1, 0.05, 0.0])
 
 
-def test_tiny_preset_is_what_the_demo_promises():
+def test_tiny_preset_has_the_sizes_of_the_demo():
     spec = load_experiment("listops_tiny")
     shape = {"max_depth": 5, "min_arity": 2, "max_arity": 5}
     assert spec.task.data.model_dump(include=set(shape)) == shape
@@ -159,13 +159,13 @@ def test_impossible_training_is_refused(fields, complaint):
 
 
 @pytest.mark.parametrize("prefix", ["", "model."], ids=["short", "with-model"])
-def test_setting_reaches_the_model_with_and_without_its_name(prefix):
+def test_setting_reaches_the_model_with_and_without_the_prefix(prefix):
     settings = [f"{prefix}width=16", f"{prefix}layers.layer.modules.attention.window=3", f"{prefix}head.hidden=5"]
     model = load_experiment(EXPERIMENT, settings).model
     assert (model.width, model.layer_specs[1].modules["attention"].window, model.head.hidden) == (16, 3, 5)
 
 
-def test_settings_reach_everything_else():
+def test_settings_reach_all_other_fields():
     settings = [
         "seed=7",
         "precision=bf16-mixed",
@@ -193,7 +193,7 @@ def test_setting_of_a_kind_replaces_the_part():
     assert spec.model.layer_specs[0].modules["attention"].position.kind == "rotary"
 
 
-def test_settings_count_before_validation():
+def test_settings_apply_before_validation():
     # Each of the two is invalid alone.
     with pytest.raises(SpecError, match="warmup=40 must be below updates=30"):
         load_experiment(EXPERIMENT, ["training.warmup=40"])
@@ -253,7 +253,7 @@ def test_loading_changes_neither_mapping_nor_spec():
         ),
     ],
 )
-def test_wrong_setting_is_a_sentence(settings, complaint):
+def test_wrong_setting_gives_an_error_message(settings, complaint):
     with pytest.raises(SpecError, match=complaint):
         load_experiment(EXPERIMENT, settings)
 
@@ -265,11 +265,11 @@ def test_model_is_given_by_name_by_file_or_inline(tmp_path):
     named = load_experiment({**EXPERIMENT, "model": "seqboat_listops_tiny"})
     assert named.model == load_experiment("listops_tiny").model
     assert load_experiment({**EXPERIMENT, "model": read_shipped("seqboat_listops_tiny", "specs")}) == named
-    # Settings count for a model that came by name, too.
+    # Settings apply to a model given by name, too.
     assert load_experiment({**EXPERIMENT, "model": "seqboat_listops_tiny"}, ["width=32"]).model.width == 32
 
 
-def test_unknown_model_name_has_a_near_match():
+def test_error_for_an_unknown_model_name_suggests_a_near_match():
     with pytest.raises(
         SpecError, match="no file and no shipped spec 'seqboat_listop_tiny'; did you mean 'seqboat_listops_tiny'"
     ):
@@ -282,6 +282,6 @@ def test_experiment_is_given_as_a_file(tmp_path):
     assert load_experiment(str(tmp_path / "mine.yaml"), ["seed=3"]) == tiny(seed=3)
 
 
-def test_missing_part_is_named():
+def test_error_names_a_missing_part():
     with pytest.raises(SpecError, match="model"):
         load_experiment({"task": {"kind": "listops", "data": DATA}, "training": EXPERIMENT["training"]})

@@ -1,4 +1,4 @@
-"""Kinds of somebody else are treated as ours are: what a spec says of itself decides, never its kind."""
+"""Third-party kinds are handled like built-in ones: the properties of a spec decide, never its kind."""
 
 import logging
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ class EveryOtherSpec(RouterSpec):
 
 
 class EveryOther(Router):
-    """Every other token runs every sub-module."""
+    """Activate every sub-module at every other token."""
 
     def __init__(self, spec: EveryOtherSpec, names: Sequence[str]) -> None:
         super().__init__(names)
@@ -61,7 +61,7 @@ class EveryOther(Router):
 
 
 class CoinSpec(RouterSpec):
-    """Spec of a router that draws, if its settings say so, and then learns from a policy gradient alone."""
+    """Spec of a router that is stochastic if `draw` is true, and then learns only from a policy gradient."""
 
     kind: Literal["coin"] = "coin"
     draw: bool = True
@@ -82,7 +82,7 @@ class CoinSpec(RouterSpec):
 
 
 class Coin(Router):
-    """Tokens run a sub-module with a probability that is learned."""
+    """Activate sub-modules with a learned probability."""
 
     def __init__(self, spec: CoinSpec, width: int, names: Sequence[str]) -> None:
         super().__init__(names)
@@ -136,7 +136,7 @@ class SpectrumSpec(DecibelSpec):
 
 
 class GatedAttentionSpec(GAUSpec):
-    """Spec of an attention with a window that is no `gau`."""
+    """Spec of a windowed attention of another kind than `gau`."""
 
     kind: Literal["gated_attention"] = "gated_attention"  # type: ignore[assignment]
 
@@ -155,7 +155,7 @@ def _experiment(**settings: Any) -> ExperimentSpec:
     return load_experiment("digits_tiny", ["layers.repeat=2", "layers.layer.dropout=0", *sorted(set_by)])
 
 
-def _sentences(routers: Sequence[RouterSpec], caplog: pytest.LogCaptureFixture) -> list[str]:
+def _warnings(routers: Sequence[RouterSpec], caplog: pytest.LogCaptureFixture) -> list[str]:
     """Warnings about routers that run no token."""
     metrics = {f"val_rate/layer{layer}/attention": torch.tensor(0.0) for layer in range(len(routers))}
     trainer: Any = SimpleNamespace(callback_metrics=metrics, global_step=9)
@@ -164,7 +164,7 @@ def _sentences(routers: Sequence[RouterSpec], caplog: pytest.LogCaptureFixture) 
     return [record.getMessage() for record in caplog.records]
 
 
-def test_fixed_rate_is_the_one_that_describe_counts() -> None:
+def test_describe_counts_a_fixed_rate_instead_of_the_given_one() -> None:
     model = _experiment(layers__layer__router="{kind: every_other}").model
     own, asked = describe(model, rate=0.5), describe(model, rate=0.1)
     assert "every_other (rate 0.5)" in asked.as_text()
@@ -174,12 +174,12 @@ def test_fixed_rate_is_the_one_that_describe_counts() -> None:
     assert "whose rate is shown" not in free.as_text()
 
 
-def test_routers_of_a_fixed_rate_raise_no_alarm(caplog: pytest.LogCaptureFixture) -> None:
-    sentences = _sentences([EveryOtherSpec(), CoinSpec()], caplog)
+def test_routers_with_a_fixed_rate_cause_no_warning(caplog: pytest.LogCaptureFixture) -> None:
+    sentences = _warnings([EveryOtherSpec(), CoinSpec()], caplog)
     assert [sentence.split(" is ")[0] for sentence in sentences] == ["warning: the router of 'attention' in layer 1"]
 
 
-def test_no_budget_steers_a_fixed_rate() -> None:
+def test_budget_does_not_steer_a_fixed_rate() -> None:
     steered = _experiment(training__budget="{target: 0.3}", training__losses="{z: 0.1}")
     fixed = with_routers(steered, EveryOtherSpec())
     assert fixed.training.budget is None
@@ -198,7 +198,7 @@ def test_router_that_needs_a_policy_gradient_gets_one() -> None:
     assert with_routers(spec, CoinSpec()).training.losses.policy == 0.5
 
 
-def test_stochastic_is_what_the_fields_of_a_spec_make_it() -> None:
+def test_fields_of_a_spec_decide_whether_it_is_stochastic() -> None:
     with pytest.raises(SpecError, match=r"policy=0\.5 needs a stochastic router, and the model's are: 'coin'"):
         _experiment(layers__layer__router="{kind: coin, draw: false}", training__losses="{policy: 0.5}")
     spec = _experiment(layers__layer__router="{kind: coin}", training__losses="{policy: 0.5}")
@@ -224,7 +224,7 @@ def test_encoder_is_accepted_by_the_tasks_whose_inputs_it_reads() -> None:
 
 
 @pytest.mark.parametrize("name", BASELINES)
-def test_baselines_are_made_of_any_attention_that_can_lose_its_window_and_be_chunked(name: str) -> None:
+def test_baselines_accept_any_attention_that_works_without_a_window_and_in_chunks(name: str) -> None:
     ours = _experiment()
     theirs = _experiment(layers__layer__modules__attention__kind="gated_attention")
     made = baseline(name, theirs).model
@@ -233,12 +233,12 @@ def test_baselines_are_made_of_any_attention_that_can_lose_its_window_and_be_chu
         assert {part.kind for layer in made.layer_specs for part in layer.modules.values()} == {"gated_attention"}
 
 
-def test_random_rows_are_what_the_encoder_reads() -> None:
+def test_random_rows_suit_the_encoder() -> None:
     rows = random_rows(_experiment(encoder="{kind: decibel}").model.build(), 2, 9)
     assert rows.shape == (2, 9)
     assert (rows >= 1).all()
 
 
-def test_encoder_that_scores_no_tokens_is_refused_by_a_language_model() -> None:
+def test_language_model_refuses_an_encoder_that_does_not_score_tokens() -> None:
     with pytest.raises(SpecError, match="the encoder kind 'decibel' does not score tokens"):
         sma.load_spec({"kind": "language_model", "width": 4, "encoder": {"kind": "decibel"}, "layers": []})

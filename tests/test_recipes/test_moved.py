@@ -1,4 +1,4 @@
-"""Names that earlier pages gave lead to where things are now."""
+"""Names from earlier documentation lead to the present ones."""
 
 import importlib
 import subprocess
@@ -18,13 +18,13 @@ import pytest
         ("sma.modules.windowed", "sma.modules.windowed has moved to sma.modules.sliding_window"),
     ],
 )
-def test_a_former_module_names_its_successor(old, new):
+def test_import_of_a_former_module_names_its_successor(old, new):
     with pytest.raises(ModuleNotFoundError, match=new):
         importlib.import_module(old)
 
 
 @pytest.mark.parametrize("name", ["TaskData", "DigitsTask", "ImageTask", "LanguageTask", "ListOpsTask", "PathXTask"])
-def test_a_former_place_of_a_task_names_the_present_one(name):
+def test_former_import_of_a_task_names_the_present_one(name):
     tasks = importlib.import_module("sma.recipes.tasks")
     with pytest.raises(ImportError, match=f"{name} has moved to ") as raised:
         exec(f"from sma.recipes.tasks import {name}", {})

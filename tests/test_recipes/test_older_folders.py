@@ -1,4 +1,4 @@
-"""Folders that the first version wrote: they load, evaluate equally, stream on, and resume to the same bits."""
+"""Folders of the first version load, evaluate equally, continue streams, and resume bit for bit."""
 
 import json
 import shutil
@@ -51,7 +51,7 @@ def test_a_finished_run_evaluates_equally(tmp_path, data):
 
 
 @pytest.mark.slow
-def test_a_stopped_run_resumes_to_the_bits_of_one_that_never_stopped(tmp_path, data):
+def test_a_stopped_run_resumes_to_the_bits_of_an_uninterrupted_one(tmp_path, data):
     run = shutil.copytree(OLDER / "stopped", tmp_path / "run")
     _run("--resume", run, "--data", data)
     fresh = tmp_path / "fresh"
@@ -59,11 +59,11 @@ def test_a_stopped_run_resumes_to_the_bits_of_one_that_never_stopped(tmp_path, d
     resumed, recorded, here = _values(run / "model"), _values(OLDER / "finished" / "model"), _values(fresh / "model")
     if all(map(torch.equal, here, recorded)):
         assert all(map(torch.equal, resumed, recorded))
-    else:  # another processor rounds otherwise, in the twenty updates before the stop too
+    else:  # another processor rounds differently, in the twenty updates before the stop too
         torch.testing.assert_close(resumed, here, rtol=0, atol=1e-4)
 
 
-def test_a_stream_goes_on_from_a_saved_state():
+def test_a_stream_continues_from_a_saved_state():
     model = sma.load(OLDER / "language")
     state = sma.load_state(OLDER / "language" / "state.safetensors", model.init_state(1))
     ids = torch.arange(40).reshape(2, 20) % 16

@@ -1,15 +1,17 @@
-"""Accuracy against activation rate: the measured points, the variants, and what is refused."""
+"""Accuracy against activation rate: measured points, variants, and rejected settings."""
 
 import json
 import re
 
 import pytest
 import torch
+from PIL import Image
 
 from sma.__main__ import main as sma_main
 from sma.model import build
 from sma.recipes.experiment import load_experiment
 from sma.recipes.rates import main
+from sma.recipes.reports.rates import draw_rates
 from sma.recipes.studies.rates import CALIBRATED, rate_sweep
 from sma.recipes.tasks.batch import UNSCORED
 from sma.recipes.tasks.recall import collate
@@ -20,7 +22,7 @@ TIME = re.compile(r"[\d.]+ minutes")
 
 
 @pytest.mark.parametrize("over", ["each", "total"])
-def test_rate_sweep_measures_what_the_model_does_at_each_rate(over):
+def test_rate_sweep_measures_the_model_at_each_rate(over):
     # Enough tokens that equal scores leave no gap in the rates.
     model = {**RECALL["model"], "layers": 2 * RECALL["model"]["layers"]}
     spec = load_experiment({**RECALL, "model": model}, ["task.data.validation=40"])
@@ -28,7 +30,7 @@ def test_rate_sweep_measures_what_the_model_does_at_each_rate(over):
     model = build(spec.model, seed=0).eval()
     points = rate_sweep(model, data, over=over)
     batch = collate([data.test[number] for number in range(len(data.test))])
-    with torch.no_grad():  # the model is left at the last rate
+    with torch.no_grad():  # the sweep leaves the model at the last rate
         output = model(batch.inputs, batch.valid)
     scored = batch.targets != UNSCORED
     assert points[-1]["accuracy"] == pytest.approx(
@@ -44,7 +46,7 @@ def test_rate_sweep_measures_what_the_model_does_at_each_rate(over):
 
 @pytest.fixture
 def asked(tmp_path):
-    """A command over a small experiment, without its folder."""
+    """Arguments of the command for a small experiment, without --out."""
     training = {**TINY["training"], "updates": 6, "budget": {"target": 0.3, "hold": 1, "anneal": 1}}
     path = tmp_path / "tiny.json"
     path.write_text(json.dumps({**TINY, "training": training}), encoding="utf-8")
@@ -72,7 +74,7 @@ def test_command_trains_at_every_rate_and_calibrates_the_highest(asked, tmp_path
     assert TIME.sub("", (out / "table.md").read_text()) == TIME.sub("", table)
 
 
-def test_constant_rates_alone_have_nothing_to_calibrate(asked, tmp_path):
+def test_constant_rates_alone_are_not_calibrated(asked, tmp_path):
     out = tmp_path / "out"
     assert main([*asked, "--out", str(out), "--variants", "never"]) == 0
     summary = json.loads((out / "summary.json").read_text())
@@ -82,7 +84,7 @@ def test_constant_rates_alone_have_nothing_to_calibrate(asked, tmp_path):
 
 
 @pytest.mark.parametrize("rates", ["1", "0.1,0.1", "0.1;0.2", "", "nan", "10%", "0"])
-def test_wrong_rates_are_a_sentence(rates, asked, tmp_path, capsys):
+def test_wrong_rates_give_an_error_message(rates, asked, tmp_path, capsys):
     assert main([*asked, "--out", str(tmp_path / "out"), "--rates", rates]) == 2
     assert f"--rates {rates!r} must be different activation rates between 0 and 1" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -98,3 +100,40 @@ def test_wrong_rates_are_a_sentence(rates, asked, tmp_path, capsys):
 def test_experiment_without_a_rate_is_refused(setting, complaint, asked, tmp_path, capsys):
     assert main([*asked, "--out", str(tmp_path / "out"), "--set", setting]) == 2
     assert complaint in capsys.readouterr().err
+
+
+def test_finished_studies_are_drawn_beside_another(asked, tmp_path, monkeypatch):
+    panels = []
+    monkeypatch.setattr("sma.recipes.reports.rates._draw_panel", lambda axis, summary: panels.append(summary["task"]))
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert main([*asked, "--out", str(first), "--variants", "always"]) == 0
+    assert main([*asked, "--out", str(second), "--variants", "never", "--beside", f"{first},"]) == 0
+    assert panels == ["mqar"] * 3  # the first study alone, then both
+    assert json.loads((second / "study.json").read_text())["beside"] == [str(first)]
+    panels.clear()
+    assert sma_main(["report", str(second)]) == 0
+    assert panels == ["mqar"] * 2
+
+
+def test_three_studies_have_three_panels(asked, tmp_path):
+    out = tmp_path / "out"
+    assert main([*asked, "--out", str(out), "--variants", "always,never"]) == 0
+    summary = json.loads((out / "summary.json").read_text())
+    widths = []
+    for number in (1, 2, 3):
+        with Image.open(draw_rates([summary] * number, tmp_path)) as image:
+            widths.append(image.size)
+    assert widths[1][0] > 1.8 * widths[0][0]
+    assert widths[2][1] > 1.8 * widths[1][1]
+
+
+def test_folder_without_a_finished_study_cannot_be_drawn(asked, tmp_path, capsys):
+    out, other = tmp_path / "out", tmp_path / "other"
+    other.mkdir()
+    assert main([*asked, "--out", str(out), "--beside", str(other)]) == 2
+    assert f"{str(other)!r} is not the folder of a finished study of rates" in capsys.readouterr().err
+    (other / "summary.json").write_text("{}", encoding="utf-8")
+    (other / "study.json").write_text(json.dumps({"study": "reach"}), encoding="utf-8")
+    assert main([*asked, "--out", str(out), "--beside", str(other)]) == 2
+    assert "belongs to the study 'reach', not to 'rates'" in capsys.readouterr().err
+    assert not out.exists()

@@ -1,4 +1,4 @@
-"""The study of reach: streams are answered as whole rows are, and the command trains, measures and resumes."""
+"""Study of reach: streams give the answers of whole rows, and the command trains, measures and resumes."""
 
 import json
 import math
@@ -12,6 +12,7 @@ from sma.recipes.experiment import load_experiment
 from sma.recipes.reach import main
 from sma.recipes.reports.reach import reach_table
 from sma.recipes.reports.table import markdown
+from sma.recipes.studies.baselines import with_parameters
 from sma.recipes.studies.reach import VARIANTS, measure_reach
 from sma.recipes.tasks.mqar import draw
 from tests.test_recipes.test_tasks.test_mqar import TINY
@@ -19,7 +20,7 @@ from tests.test_recipes.test_tasks.test_mqar import TINY
 
 @pytest.mark.parametrize("router", ["always", "sma", "never"])
 @pytest.mark.parametrize("chunk", [5, 64])
-def test_streams_are_answered_as_whole_rows_are(router, chunk):
+def test_streams_give_the_answers_of_whole_rows(router, chunk):
     spec = load_experiment(TINY, [f"layers.0.router={{kind: {router}}}"])
     model = build(spec.model, seed=0).eval()
     found = measure_reach(model, spec.task.data, [24, 40], 7, chunk)
@@ -84,7 +85,7 @@ def test_command_trains_streams_and_resumes(experiment_file, tmp_path, capsys):
         ),
     ],
 )
-def test_wrong_option_is_a_sentence(arguments, complaint, experiment_file, tmp_path, capsys):
+def test_wrong_option_gives_an_error_message(arguments, complaint, experiment_file, tmp_path, capsys):
     assert main(["--spec", str(experiment_file), "--out", str(tmp_path / "out"), *arguments]) == 2
     assert complaint in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -97,6 +98,10 @@ def test_model_of_another_task_is_refused(tmp_path, capsys):
     assert "tests models of the task 'mqar', not of 'recall'; use that task" in capsys.readouterr().err
 
 
-def test_preset_makes_all_models():
-    assert load_experiment("mqar_reach_tiny").task.kind == "mqar"
-    assert VARIANTS[0] == "seqboat"
+def test_preset_makes_an_experiment_of_every_variant():
+    spec = load_experiment("mqar_reach_tiny")
+    made = {name: with_parameters(name, spec) for name in VARIANTS}
+    counts = {name: each.model.num_parameters() for name, each in made.items()}
+    assert all(each.task == spec.task for each in made.values())
+    assert made["seqboat"] == spec
+    assert counts == pytest.approx(dict.fromkeys(VARIANTS, counts["seqboat"]), rel=0.1)

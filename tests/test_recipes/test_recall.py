@@ -1,4 +1,4 @@
-"""Associative recall: what its samples are, what is scored, and the five models that differ in their router alone."""
+"""Associative recall: samples, scored positions, and five variants that differ only in router and budget."""
 
 import json
 import re
@@ -79,7 +79,7 @@ def settings(draw):
 
 
 @given(chosen=settings())
-def test_every_query_asks_for_the_value_that_followed_its_key(chosen):
+def test_target_of_every_query_is_the_value_that_followed_its_key(chosen):
     made = make_recall(chosen)
     for split in (made.train, made.validation, made.test):
         for number in range(len(split)):
@@ -99,14 +99,14 @@ def test_every_query_asks_for_the_value_that_followed_its_key(chosen):
                     assert targets[place] == UNSCORED
 
 
-def test_places_of_the_pairs_are_drawn_alike():
+def test_positions_of_the_pairs_are_uniform():
     chosen = RecallSettings(
         length=12, queries_from=8, pairs=2, keys=2, values=2, distractors=1, train=6000, validation=1, test=1
     )
     ids = make_recall(chosen).train.ids[:, :8].long()
     starts = (ids >= 2) & (ids < 4)
     ways, counts = starts.int().unique(dim=0, return_counts=True)
-    assert len(ways) == 15  # two pairs in eight places: 6 over 2
+    assert len(ways) == 15  # two pairs at eight positions: 6 choose 2
     assert counts.min() > 400 - 5 * 20
 
 
@@ -132,19 +132,19 @@ def test_splits_of_one_seed_are_fixed_and_those_of_another_differ():
         pytest.param({"queries_from": 121}, "and their queries 8 of the other 7", id="queries"),
     ],
 )
-def test_settings_that_no_sample_can_have_are_refused(changes, sentence):
+def test_settings_that_no_sample_can_satisfy_are_refused(changes, sentence):
     with pytest.raises(SpecError, match=re.escape(sentence)):
         RecallSettings(**changes)
 
 
-def test_answers_are_asked_for_at_queries_alone():
+def test_select_scored_keeps_only_scored_positions():
     logits, targets = torch.randn(2, 3, 5), torch.tensor([[UNSCORED, 4, UNSCORED], [0, UNSCORED, 2]])
     found, wanted = select_scored(logits, targets)
     assert wanted.tolist() == [4, 0, 2]
     assert torch.equal(found, torch.stack([logits[0, 1], logits[1, 0], logits[1, 2]]))
 
 
-def test_one_answer_of_a_row_is_asked_for_as_it_stands():
+def test_select_scored_keeps_one_answer_per_row_unchanged():
     logits, targets = torch.randn(3, 5), torch.tensor([4, 0, 2])
     found, wanted = select_scored(logits, targets)
     assert torch.equal(found, logits)
@@ -166,12 +166,12 @@ def test_one_answer_of_a_row_is_asked_for_as_it_stands():
         ),
     ],
 )
-def test_model_that_cannot_answer_is_refused(setting, sentence):
+def test_unsuitable_model_is_refused(setting, sentence):
     with pytest.raises(SpecError, match=exactly(f"ExperimentSpec: {sentence}")):
         load_experiment(TINY, [setting])
 
 
-def test_variants_differ_in_router_and_budget_alone():
+def test_variants_differ_only_in_router_and_budget():
     spec = load_experiment(TINY)
     variants = Recall().variants(spec)
     assert tuple(variants) == VARIANTS
@@ -184,7 +184,7 @@ def test_variants_differ_in_router_and_budget_alone():
         assert dump_spec(same) == dump_spec(with_routers(spec, AlwaysRouterSpec()).replace(training=spec.training))
 
 
-def test_rates_by_role_are_those_of_a_loop_over_tokens():
+def test_rates_by_role_equal_a_loop_over_tokens():
     spec = load_experiment(TINY)
     data = spec.task.prepare(None, progress=False)
     model = build(spec.model, seed=0).eval()
@@ -201,7 +201,7 @@ def test_rates_by_role_are_those_of_a_loop_over_tokens():
         assert rates == pytest.approx([sum(ran[role]) / len(ran[role])])
 
 
-def test_examples_count_the_queries_that_were_answered_right():
+def test_examples_count_the_correctly_answered_queries():
     spec = load_experiment(TINY)
     data = spec.task.prepare(None, progress=False)
     model = build(spec.model, seed=0).eval()
@@ -217,7 +217,7 @@ def test_examples_count_the_queries_that_were_answered_right():
         assert example.guess == int((guesses == targets)[scored].sum())
 
 
-def test_accuracy_of_a_run_is_the_share_of_queries_answered_right(tmp_path):
+def test_accuracy_of_a_run_is_the_share_of_correctly_answered_queries(tmp_path):
     spec = load_experiment(TINY, ["training.updates=3"])
     data = spec.task.prepare(tmp_path, progress=False)
     finished = run_experiment(spec, tmp_path / "run", data, accelerator="cpu", progress=False)
@@ -229,7 +229,7 @@ def test_accuracy_of_a_run_is_the_share_of_queries_answered_right(tmp_path):
     assert finished.summary["chance"] == pytest.approx(1 / 3)
 
 
-def test_command_trains_the_variants_that_are_asked_for(tmp_path, capsys):
+def test_command_trains_the_requested_variants(tmp_path, capsys):
     path = tmp_path / "tiny.yaml"
     path.write_text(json.dumps(TINY), encoding="utf-8")
     out = tmp_path / "out"
@@ -245,7 +245,7 @@ def test_command_trains_the_variants_that_are_asked_for(tmp_path, capsys):
     assert "seqboat: tokens that run attention\n  key" in capsys.readouterr().out
 
 
-def test_wrong_variant_is_answered_with_the_one_that_was_meant(capsys):
+def test_error_for_an_unknown_variant_suggests_a_near_one(capsys):
     assert main(["--arms", "seqbot"]) == 2
     assert "unknown variant 'seqbot'; did you mean 'seqboat'?" in capsys.readouterr().err
 

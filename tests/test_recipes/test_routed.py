@@ -1,4 +1,4 @@
-"""The recipes of routed modules: what their command lines refuse, what the variants are, and extended studies."""
+"""Recipes of routed modules: rejected options, variants, and extended studies."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ PRESETS = [f"{task}_routed_{what}_tiny" for task in ("listops", "digits") for wh
 
 @pytest.fixture
 def spec(tmp_path):
-    """An experiment of some updates as a file."""
+    """A short experiment as a file."""
     path = tmp_path / "spec.yaml"
     path.write_text(yaml.safe_dump({**EXPERIMENT, "training": {**TRAINING, "updates": 6}}), encoding="utf-8")
     return path
@@ -38,7 +38,7 @@ def _main(*arguments):
 
 
 @pytest.mark.parametrize("name", ["routed_mlp", "routed_conv"])
-def test_help_imports_nothing_that_takes_seconds(name):
+def test_help_imports_no_slow_package(name):
     command = [sys.executable, "-X", "importtime", f"recipes/{name}.py", "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0
@@ -78,7 +78,7 @@ def test_help_imports_nothing_that_takes_seconds(name):
         pytest.param(["--set", "training.updats=3"], "error: unknown field path 'training.updats'", id="set"),
     ],
 )
-def test_wrong_option_is_a_sentence_and_exit_code_2(arguments, complaint, capsys, tmp_path, monkeypatch):
+def test_wrong_option_gives_an_error_message_and_exit_code_2(arguments, complaint, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert _main(*arguments) == 2
     said = capsys.readouterr()
@@ -115,7 +115,7 @@ def test_controls_run_at_the_rate_of_the_routed_variant_layer_by_layer():
     variants = _variants(tiny(seed=5), [0.25, 0.0])
     random, choice = (variants[name].model.layer_specs for name in ("random", "expert_choice"))
     assert [layer.router.rate for layer in random] == [0.25, 0.0]
-    assert [layer.router.seed for layer in random] == [5, 5]  # layers draw by themselves
+    assert [layer.router.seed for layer in random] == [5, 5]  # layers draw independently
     # A dead layer stays without its sub-module.
     assert (choice[0].router.share, choice[1].router.kind) == (0.25, "never")
 
@@ -134,7 +134,7 @@ def test_study_is_run_and_then_extended(spec, cache, tmp_path, capsys):
     assert _trained(out) == ["routed", "never"]
     assert (out / "routed" / "activation.png").stat().st_size > 10_000
     first = (out / "routed" / "summary.json").stat().st_mtime_ns
-    # The same again: nothing is trained. With another variant: it alone is.
+    # The same command trains nothing; with another variant, it trains only that one.
     assert _main("--resume", out, "--data", cache) == 0
     assert "parameters" not in capsys.readouterr().out
     assert _main("--resume", out, "--data", cache, "--variants", "random") == 0
@@ -145,7 +145,7 @@ def test_study_is_run_and_then_extended(spec, cache, tmp_path, capsys):
     assert "--resume continues the study as it was; leave --router out" in capsys.readouterr().err
 
 
-def test_variant_without_the_one_it_follows_is_a_sentence(spec, cache, tmp_path, capsys):
+def test_variant_without_the_one_it_needs_fails_with_an_error_message(spec, cache, tmp_path, capsys):
     out = tmp_path / "out"
     assert _main("--spec", spec, "--data", cache, "--out", out, "--variants", "random") == 2
     said = capsys.readouterr()

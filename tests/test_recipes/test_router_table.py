@@ -1,6 +1,4 @@
-"""The table of routers: which experiments it is made of, what stands in it, and tables that were interrupted or in
-which runs failed.
-"""
+"""Table of routers: its experiments, its contents, interrupted tables, and failed runs."""
 
 import csv
 import json
@@ -31,7 +29,7 @@ ALL = grid(load_experiment(PRESET))
 
 @pytest.fixture(scope="module")
 def spec(tmp_path_factory):
-    """An experiment of some updates with two sub-modules, as a file."""
+    """A short experiment with two sub-modules, as a file."""
     layers = tiny.MODEL["layers"]
     modules = {"mlp": {"kind": "gated_mlp", "hidden_size": 8}, **layers["layer"]["modules"]}
     model = {**tiny.MODEL, "layers": {**layers, "layer": {**layers["layer"], "modules": modules}}}
@@ -56,7 +54,7 @@ def _main(*arguments):
 
 @pytest.fixture(scope="module")
 def done(spec, cache, tmp_path_factory):
-    """A finished table of two routers and one column, with its seeds, and its folder."""
+    """Folder and summary of a finished table of two routers and one column, with several seeds."""
     out = tmp_path_factory.mktemp("table") / "out"
     chosen = ["--only", "sma+budget, never", "--modules", "mlp", "--jobs", 1]
     assert _main("--spec", spec, "--data", cache, "--out", out, *chosen) == 0
@@ -64,11 +62,11 @@ def done(spec, cache, tmp_path_factory):
 
 
 def _runs(out):
-    """The run folders that hold a finished run, and when it ended."""
+    """Folders of finished runs, and the time at which each run ended."""
     return {str(path.parent.relative_to(out)): path.stat().st_mtime_ns for path in out.glob(f"*/*/{SUMMARY}")}
 
 
-def test_grid_is_every_router_with_every_column_and_more_seeds_of_four():
+def test_grid_has_every_router_with_every_column_and_more_seeds_for_four():
     spec = load_experiment(PRESET)
     assert columns(spec) == ["gau", "gated_mlp", "conv", "mixed"]
     assert [layer.modules["conv"].kernel_size for layer in spec.model.layer_specs] == [5] * 3
@@ -80,7 +78,7 @@ def test_grid_is_every_router_with_every_column_and_more_seeds_of_four():
     assert {(run.column, run.variant) for run in ALL if run.seed} == {("gau", router) for router in REPEATED}
 
 
-def test_seeds_that_are_asked_for_are_those_of_every_run():
+def test_requested_seeds_apply_to_every_run():
     runs = grid(load_experiment(PRESET, ["seed=5"]), 2)
     assert len({run.name for run in runs}) == 200
     assert {run.seed for run in runs} == {run.experiment.seed for run in runs} == {5, 6}
@@ -88,7 +86,7 @@ def test_seeds_that_are_asked_for_are_those_of_every_run():
 
 
 @pytest.mark.parametrize("run", [pytest.param(run, id=run.name) for run in ALL])
-def test_every_run_builds_and_differs_in_its_modules_routers_and_seed_alone(run):
+def test_every_run_builds_and_differs_only_in_modules_routers_and_seed(run):
     base, spec = load_experiment(PRESET), run.experiment
     model = build(spec.model, seed=spec.seed)
     assert sum(parameter.numel() for parameter in model.parameters()) == spec.model.num_parameters()
@@ -113,11 +111,11 @@ def test_every_run_builds_and_differs_in_its_modules_routers_and_seed_alone(run)
         assert slow < spec.training.learning_rate
         steered = steered.replace(losses=spec.training.losses, router_learning_rate=slow)
     assert spec == base.replace(model=spec.model, seed=run.seed, training=steered)
-    if spec.training.budget is not None:  # every router that shall keep the rate can
+    if spec.training.budget is not None:  # the budget can steer every router
         assert len(BudgetController.of(model, spec.training.budget).steered) == 3 * len(names)
 
 
-def test_rows_of_a_fixed_rate_have_that_of_the_budget():
+def test_rows_with_a_fixed_rate_use_the_rate_of_the_budget():
     base = load_experiment(PRESET, ["training.budget.target=0.25"])
     layers = {router: router_experiment(base, "gau", router, 2).model.layer_specs for router in ROUTERS}
     assert (
@@ -129,7 +127,7 @@ def test_rows_of_a_fixed_rate_have_that_of_the_budget():
 
 
 @pytest.mark.parametrize("task", ["pathfinder", "recall", "mqar"])
-def test_other_tasks_have_every_router_that_their_models_can_have(task):
+def test_other_tasks_have_every_router_that_their_models_support(task):
     base = load_experiment(router_table.Options.model_validate({"task": task}).name)
     runs = {run.variant: run.experiment for run in grid(base, 1)}
     assert set(ROUTERS) - set(runs) == ({"expert_choice"} if task != "pathfinder" else set())
@@ -141,7 +139,7 @@ def test_other_tasks_have_every_router_that_their_models_can_have(task):
     assert plain == {SMARouterSpec(temperature_scale=1.0)}
 
 
-def test_draws_have_seeds_of_their_own_in_every_layer_and_run():
+def test_every_layer_and_run_has_its_own_random_seed():
     base = load_experiment(PRESET)
     specs = [router_experiment(base, "gau", "random", seed) for seed in (0, 1, 2, 2**31 - 1)]
     assert len({layer.router.seed for spec in specs for layer in spec.model.layer_specs}) == 12
@@ -158,7 +156,7 @@ def test_draws_have_seeds_of_their_own_in_every_layer_and_run():
         pytest.param(["training.budget.target={gau: 0.3}"], "the table needs one rate", id="budget-by-name"),
     ],
 )
-def test_experiment_that_makes_no_table_is_refused(settings, complaint):
+def test_experiment_without_one_rate_is_refused(settings, complaint):
     with pytest.raises(SpecError, match=complaint):
         router_experiment(load_experiment(PRESET, settings), "gau", "sma", 0)
 
@@ -188,7 +186,7 @@ def test_experiment_that_makes_no_table_is_refused(settings, complaint):
         ),
     ],
 )
-def test_wrong_option_is_a_sentence_and_exit_code_2(arguments, complaint, capsys, tmp_path, monkeypatch):
+def test_wrong_option_gives_an_error_message_and_exit_code_2(arguments, complaint, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert _main(*arguments) == 2
     said = capsys.readouterr()
@@ -238,7 +236,7 @@ def test_table_holds_the_numbers_of_the_summary(done):
     assert "tokens/s: in training, without evaluation; one run at a time." in text
 
 
-def test_values_are_those_of_the_summary(done):
+def test_csv_values_equal_the_summary(done):
     out, summary = done
     with (out / "table.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -248,7 +246,7 @@ def test_values_are_those_of_the_summary(done):
     assert [float(row["rate/layer1/mlp"]) for row in rows] == [run["rates"][1]["mlp"] for run in summary["rows"]]
 
 
-def test_mixed_layers_have_a_rate_for_every_module_and_the_caption_says_what_ran_beside(done):
+def test_mixed_layers_have_a_rate_for_every_module_and_the_caption_states_parallel_runs(done):
     run = {**done[1]["rows"][0], "column": "mixed", "rates": [{"a": 0.25, "b": 1.0}, {"a": 0.5}]}
     failed = {
         "name": "mixed/random-0",
@@ -283,7 +281,7 @@ def test_seeds_are_compared_with_those_of_the_dense_variant_and_extreme_rates_ar
         line.split("|")[1].strip(): [each.strip() for each in line.split("|")[4::3]]
         for line in several.splitlines()[4:7]
     }
-    # Of the differences 5, 4 and 1: mean 10/3, variance 13/3, and 4.3027 as the quantile.
+    # The differences 5, 4 and 1 have the mean 10/3 and the variance 13/3; the quantile is 4.3027.
     half = 4.302652729749464 * (13 / 3 / 3) ** 0.5
     assert cells["sma"] == [f"{10 / 3:+.1f} ± {half:.1f}", "3, 3 of 6"]
     assert cells["always"] == ["-", "0, 6 of 6"]
@@ -293,7 +291,7 @@ def test_seeds_are_compared_with_those_of_the_dense_variant_and_extreme_rates_ar
     assert "dead, saturated" in without
 
 
-def test_finished_runs_are_not_repeated_and_others_are_added(done, cache, monkeypatch, capsys):
+def test_finished_runs_are_not_repeated(done, cache, monkeypatch, capsys):
     out, summary = done
     before = _runs(out)
     with monkeypatch.context() as patch:
@@ -301,13 +299,13 @@ def test_finished_runs_are_not_repeated_and_others_are_added(done, cache, monkey
         assert _main("--resume", out, "--data", cache, "--jobs", 2) == 0
     assert "4 runs, 0 to do, 2 at a time" in capsys.readouterr().out
     assert json.loads((out / SUMMARY).read_text())["rows"] == summary["rows"]
-    assert json.loads((out / SUMMARY).read_text())["jobs"] == 1  # nothing was run beside another
+    assert json.loads((out / SUMMARY).read_text())["jobs"] == 1  # no two runs were parallel
     assert _main("--resume", out, "--set", "training.updates=5") == 2
     assert "--resume continues the study as it was; leave --set out, or start a new study" in capsys.readouterr().err
     assert _runs(out) == before
 
 
-def test_failed_run_is_named_and_tried_again(spec, cache, tmp_path, monkeypatch, capsys):
+def test_failed_run_is_named_and_retried(spec, cache, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     chosen = ["--only", "expert_choice,always", "--modules", "attention", "--jobs", 1]
     with monkeypatch.context() as patch:
@@ -357,7 +355,7 @@ def test_run_of_another_experiment_is_refused(done, spec, cache, capsys):
 
 
 @pytest.mark.slow
-def test_runs_side_by_side_give_what_one_after_another_gives(done, spec, cache, tmp_path, capfd):
+def test_parallel_runs_give_the_results_of_sequential_runs(done, spec, cache, tmp_path, capfd):
     out = tmp_path / "out"
     broken = out / "mlp" / "never-0" / "checkpoints" / "last.ckpt"
     assert (

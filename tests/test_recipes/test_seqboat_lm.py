@@ -1,4 +1,4 @@
-"""The command line of the language model: what it prints, what it writes, and its sentences."""
+"""Command line of the language model: output, files, and error messages."""
 
 import errno
 import json
@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def finished(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run of the command line."""
+    """Folder of a finished run of the command line."""
     out = tmp_path_factory.mktemp("lm")
     spec = out / "experiment.yaml"
     task = {"kind": "language", "data": {"file": str(text)}, "segment": 16, "carry_state": True}
@@ -59,7 +59,7 @@ def test_evaluation_gives_the_recorded_bits_per_character(finished: Path, capsys
     assert "reproduced        exactly" in said
 
 
-def test_evaluation_of_another_model_says_how_far_it_is(
+def test_evaluation_of_another_model_reports_the_difference(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(finished, tmp_path / "run")
@@ -73,7 +73,7 @@ def test_evaluation_of_another_model_says_how_far_it_is(
     assert "reproduced        no, +" in capsys.readouterr().out
 
 
-def test_figure_that_found_no_room_is_drawn_by_resuming(
+def test_figure_that_failed_on_a_full_disk_is_drawn_by_resuming(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(*_: object, **__: object) -> None:
@@ -90,7 +90,7 @@ def test_figure_that_found_no_room_is_drawn_by_resuming(
     assert (out / "activation.png").is_file()
 
 
-def test_prompt_that_is_not_utf8_is_continued_as_its_bytes(
+def test_non_utf8_prompt_is_passed_on_as_bytes(
     finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seen = []
@@ -114,7 +114,7 @@ def test_prompt_that_is_not_utf8_is_continued_as_its_bytes(
         pytest.param("🙂 שלום " + "x" * 220 + ".txt", id="long"),
     ],
 )
-def test_run_on_a_file_of_any_name_ends_with_summary_and_figure(
+def test_run_on_a_file_with_any_name_writes_summary_and_figure(
     text: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     file, path, out = tmp_path / name, tmp_path / "experiment.yaml", tmp_path / f"run {name}"[:200]
@@ -129,7 +129,7 @@ def test_run_on_a_file_of_any_name_ends_with_summary_and_figure(
     assert "\t" not in said
 
 
-def test_figure_that_fails_is_a_warning_and_the_run_has_its_summary(
+def test_failed_figure_gives_a_warning_and_keeps_the_summary(
     text: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -211,19 +211,19 @@ def test_text_is_written_as_it_is_produced(finished: Path) -> None:
         (["--prompt", ""], "error: --prompt is empty; give at least one character"),
     ],
 )
-def test_impossible_settings_are_sentences(
+def test_invalid_settings_give_error_messages(
     finished: Path, arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["generate", "--run", str(finished), *arguments]) == 2
     assert complaint in capsys.readouterr().err
 
 
-def test_a_folder_without_a_model_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_a_model_gives_an_error_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "--run", str(tmp_path)]) == 2
     assert f"error: there is no saved model in {str(tmp_path)!r}" in capsys.readouterr().err
 
 
-def test_another_kind_of_model_cannot_write(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_kinds_of_models_cannot_generate_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sma.save(sma.build(sma.load_spec({**MODEL, "kind": "sequence_encoder"}), seed=0), tmp_path)
     assert main(["generate", "--run", str(tmp_path)]) == 2
     assert "is of kind 'sequence_encoder'; only a 'language_model' can generate text" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The command line: what it refuses, what it prints, and runs that are killed or interrupted and go on."""
+"""Command line of the arena tasks: rejected options, output, and interrupted runs that resume."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from tests.test_recipes.tiny import before_update, checkpoint, fail, same, tiny,
 
 
 @pytest.fixture(autouse=True)
-def _no_settings_from_outside(monkeypatch):
+def _without_settings_in_the_environment(monkeypatch):
     for name in [name for name in os.environ if name.startswith("SMA_")]:
         monkeypatch.delenv(name)
 
@@ -37,7 +37,7 @@ def _said(capsys):
     return captured.out, captured.err
 
 
-def test_help_is_the_same_by_both_names_and_imports_little():
+def test_help_is_equal_for_script_and_module_and_imports_little():
     script, module = run([*SCRIPT, "--help"]), run([sys.executable, "-X", "importtime", *MODULE[1:], "--help"])
     assert (script.returncode, module.returncode) == (0, 0)
     assert script.stdout == module.stdout
@@ -46,12 +46,12 @@ def test_help_is_the_same_by_both_names_and_imports_little():
         assert f"--{option}" in script.stdout
     imported = {line.split("|")[-1].strip().split(".")[0] for line in module.stderr.splitlines()}
     assert "torch" in imported
-    # They take seconds.
+    # These imports take seconds.
     assert imported & {"lightning", "torchmetrics", "matplotlib", "tensorboard"} == set()
 
 
 @pytest.mark.slow
-def test_run_says_what_it_does_and_nothing_else(spec, cache, tmp_path):
+def test_run_prints_only_its_progress_and_results(spec, cache, tmp_path):
     out = tmp_path / "run"
     done = run([*SCRIPT, "--spec", spec, "--data", cache, "--out", out, "--seed", 4])
     assert done.returncode == 0, done.stderr
@@ -155,7 +155,7 @@ def test_run_says_what_it_does_and_nothing_else(spec, cache, tmp_path):
         ),
     ],
 )
-def test_wrong_option_is_a_sentence_and_exit_code_2(arguments, complaint, capsys, tmp_path, monkeypatch):
+def test_wrong_option_gives_an_error_message_and_exit_code_2(arguments, complaint, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 2
     out, err = _said(capsys)
@@ -166,7 +166,7 @@ def test_wrong_option_is_a_sentence_and_exit_code_2(arguments, complaint, capsys
 
 
 @pytest.mark.parametrize("task", ["digits", "recall", "mqar"])
-def test_tasks_that_the_paper_does_not_have_are_tiny(task):
+def test_tasks_outside_the_paper_default_to_the_tiny_preset(task):
     assert load_experiment(Options(task=task).name).task.kind == task
 
 
@@ -220,12 +220,12 @@ def test_settings_are_repeated_and_may_hold_commas_quotes_and_brackets(spec, mon
     )
 
 
-def test_variable_of_the_shell_that_is_called_set_is_of_no_account(spec, monkeypatch):
+def test_environment_variable_named_set_is_ignored(spec, monkeypatch):
     monkeypatch.setenv("SET", "anything")
     assert _experiment(monkeypatch, ["--spec", spec]) == tiny()
 
 
-def test_folder_with_something_in_it_is_refused(spec, tmp_path, capsys):
+def test_folder_that_is_not_empty_is_refused(spec, tmp_path, capsys):
     out = tmp_path / "full"
     out.mkdir()
     (out / "thesis.tex").write_text("")
@@ -237,7 +237,7 @@ def test_folder_with_something_in_it_is_refused(spec, tmp_path, capsys):
     assert [path.name for path in out.iterdir()] == ["thesis.tex"]
 
 
-def test_file_in_the_place_of_the_folder_is_refused(spec, cache, tmp_path, capsys):
+def test_file_at_the_path_of_the_folder_is_refused(spec, cache, tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
     assert main(["--spec", str(spec), "--data", str(cache), "--out", str(tmp_path / "file"), "--no-progress"]) == 2
     assert re.search(
@@ -279,7 +279,7 @@ def test_interrupted_run_is_resumed_by_its_folder(finished, data, cache, tmp_pat
     assert (out / "activation.png").is_file()
 
 
-def test_figure_that_found_no_room_is_drawn_by_resuming(spec, cache, tmp_path, monkeypatch, capsys):
+def test_figure_that_failed_on_a_full_disk_is_drawn_by_resuming(spec, cache, tmp_path, monkeypatch, capsys):
     def full(*_, **__):
         raise OSError(28, "No space left on device", "activation.png")
 
@@ -294,7 +294,7 @@ def test_figure_that_found_no_room_is_drawn_by_resuming(spec, cache, tmp_path, m
     assert (out / "activation.png").is_file()
 
 
-def test_ctrl_c_is_a_sentence_and_exit_code_130(spec, cache, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_gives_a_message_and_exit_code_130(spec, cache, tmp_path, monkeypatch, capsys):
     def interrupt(*_):
         raise KeyboardInterrupt
 
@@ -304,7 +304,7 @@ def test_ctrl_c_is_a_sentence_and_exit_code_130(spec, cache, tmp_path, monkeypat
     assert _said(capsys)[1].splitlines()[-1] == hint
 
 
-def test_loss_that_is_no_number_is_a_sentence(spec, cache, tmp_path, monkeypatch, capsys):
+def test_non_finite_loss_gives_an_error_message(spec, cache, tmp_path, monkeypatch, capsys):
     before_update(
         monkeypatch,
         13,

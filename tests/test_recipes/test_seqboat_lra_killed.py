@@ -1,4 +1,4 @@
-"""Runs of ListOps in processes of their own that are killed or interrupted, and resumed."""
+"""Runs of ListOps in separate processes that are killed or interrupted, and resumed."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from tests.test_recipes.tiny import checkpoint, same
 
 
 @pytest.fixture(autouse=True)
-def _no_settings_from_outside(monkeypatch):
+def _without_settings_in_the_environment(monkeypatch):
     for name in [name for name in os.environ if name.startswith("SMA_")]:
         monkeypatch.delenv(name)
 
@@ -39,7 +39,7 @@ MODULE = "sma.recipes.seqboat_lra"
 
 
 def _wait_for(pattern, folder, process, seconds=600):
-    """Wait until the process has made another file like that."""
+    """Wait until the process has created another file that matches the pattern."""
     before, end = set(folder.glob(pattern)), time.monotonic() + seconds
     while set(folder.glob(pattern)) == before and process.poll() is None:
         assert time.monotonic() < end, f"no {pattern} after {seconds} s"
@@ -48,7 +48,7 @@ def _wait_for(pattern, folder, process, seconds=600):
 
 @pytest.fixture(scope="module")
 def uninterrupted(cache, tmp_path_factory):
-    """The long run by the command line, and how many seconds it trains."""
+    """Folder of the uninterrupted long run, and its training time in seconds."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     words = ["--spec", write_spec(folder), "--data", cache, "--out", folder / "run", *LONG]
     done = run_fork(MODULE, *words, folder=folder, timeout=800)
@@ -67,37 +67,35 @@ def _assert_same_result(out, reference):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_run_that_is_killed_at_random_moments_and_resumed_is_the_uninterrupted_one(
-    uninterrupted, spec, cache, tmp_path
-):
+def test_run_killed_at_random_moments_and_resumed_equals_the_uninterrupted_one(uninterrupted, spec, cache, tmp_path):
     reference, seconds = uninterrupted
     out, kills = tmp_path / "run", []
     words = ["--spec", spec, "--data", cache, "--out", out, *LONG]
     for _ in range(3):
         process = fork(MODULE, *words, stdout=(log := tmp_path / "log"))
-        # Every part logs into a folder of its own, from its first updates on.
+        # Every part of the run logs into its own folder, from its first updates on.
         _wait_for("metrics/version_*/metrics.csv", out, process)
         kills.append(random.SystemRandom().uniform(0, seconds / 5))
         time.sleep(kills[-1])
         process.kill()
         words = ["--resume", out, "--data", cache, "--no-progress"]
-        if process.wait() != -signal.SIGKILL:  # it was faster
+        if process.wait() != -signal.SIGKILL:  # it ended before the kill
             assert process.returncode == 0, log.read_text()
             break
     else:
         done = run_fork(MODULE, *words, folder=tmp_path, timeout=800)
         assert done.returncode == 0, done.stderr
         assert [line for line in done.stderr.splitlines() if "the router of" not in line] == []
-    print("killed after", kills)  # shown if what follows fails
+    print("killed after", kills)  # shown if an assertion below fails
     _assert_same_result(out, reference)
     assert rates_over_training(out) == rates_over_training(reference)
-    # What a killed write left, the next part removed.
+    # The next part has removed the remains of a killed write.
     assert {path.name for path in (out / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_ctrl_c_in_a_real_process_exits_130_and_the_run_goes_on(uninterrupted, spec, cache, tmp_path):
+def test_ctrl_c_in_a_real_process_exits_130_and_the_run_resumes(uninterrupted, spec, cache, tmp_path):
     out = tmp_path / "run"
     words, log = ["--spec", spec, "--data", cache, "--out", out, *LONG], tmp_path / "log"
     process = fork(MODULE, *words, stdout=tmp_path / "out", stderr=log)

@@ -1,6 +1,4 @@
-"""Raw speech by the command line: a made-up copy of the real data, one training, its evaluation, its figures; and
-synthetic words.
-"""
+"""Raw speech on the command line: training, evaluation and figures on a made-up copy of the data; synthetic words."""
 
 import json
 import os
@@ -16,7 +14,7 @@ from tests.test_recipes.tiny_speech import speech_experiment, write_corpus
 
 
 @pytest.fixture(autouse=True)
-def _no_settings_from_outside(monkeypatch):
+def _without_settings_in_the_environment(monkeypatch):
     for name in [name for name in os.environ if name.startswith("SMA_")]:
         monkeypatch.delenv(name)
 
@@ -28,7 +26,7 @@ def _train(folder, experiment):
     return folder / "run", [str(word) for word in common]
 
 
-def test_real_format_from_the_data_to_the_evaluation(tmp_path, capsys):
+def test_real_format_is_loaded_trained_on_and_evaluated(tmp_path, capsys):
     write_corpus(tmp_path)
     run, common = _train(tmp_path, speech_experiment(split="hash"))
     said = capsys.readouterr().out
@@ -64,7 +62,7 @@ def test_preset_names_the_experiment():
         ),
     ],
 )
-def test_wrong_option_is_a_sentence_and_exit_code_2(arguments, complaint, capsys, tmp_path, monkeypatch):
+def test_wrong_option_gives_an_error_message_and_exit_code_2(arguments, complaint, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 2
     assert complaint in capsys.readouterr().err

@@ -1,6 +1,4 @@
-"""A made-up copy of Speech Commands in its real format, ten clips of every word, and an experiment on it that takes a
-second.
-"""
+"""A made-up copy of Speech Commands in its real format, ten clips per word, and a one-second experiment on it."""
 
 import wave
 from pathlib import Path
@@ -38,7 +36,7 @@ TRAINING = {"updates": 6, "batch_size": 8, "learning_rate": 0.003, "warmup": 2, 
 
 
 def speech_experiment(**data: Any) -> dict[str, Any]:
-    """The experiment with these settings of the data, and 100 samples per clip."""
+    """The experiment with these data settings, and 100 samples per clip."""
     return {
         "task": {"kind": "speech", "data": {"downsample": 160, **data}},
         "model": MODEL,
@@ -59,14 +57,12 @@ def write_wav(path: Path, samples: np.ndarray, *, rate: int = 16_000, width: int
 
 
 def clip_of(word: str, number: int) -> np.ndarray:
-    """A recording that is never the same twice."""
+    """Random samples that are fixed by word and number."""
     return np.random.default_rng((CLASSES.index(word), number)).integers(-30_000, 30_000, 16_000)
 
 
 def write_corpus(folder: Path, *, backwards: bool = False, lists: bool = True) -> Path:
-    """Write ten whole clips and one short one of every word, a word that is not asked for, and the lists; returns the
-    folder itself.
-    """
+    """Write ten full clips and a short one per word, a word outside the classes, and the lists; return the folder."""
     root = folder / NAME
     jobs = [(word, number) for word in CLASSES for number in range(10)]
     for word, number in reversed(jobs) if backwards else jobs:

@@ -1,4 +1,4 @@
-"""Routers that each break a law of the conformance kit, and one that breaks none."""
+"""Routers that each break one law of the conformance kit, and one that breaks none."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class Before(State):
 
 
 class Rising(SteerableRouter):
-    """Scores the difference to the valid token before: right, and the base of what is wrong below."""
+    """A correct router that scores the difference to the previous valid token; the base of the broken ones."""
 
     def __init__(self, width: int, names: Sequence[str]) -> None:
         super().__init__(names)
@@ -71,7 +71,7 @@ class Rising(SteerableRouter):
 
 
 class Leak(Rising):
-    """Sees the whole row."""
+    """Depends on the whole row."""
 
     def scores(self, change: Tensor, control: Tensor) -> Tensor:
         return super().scores(change, control) + 1e-3 * self.wide(control).sum((1, 2), keepdim=True)
@@ -90,7 +90,7 @@ class Padded(Rising):
 
 
 class Neighbour(Rising):
-    """Takes padding for the token before."""
+    """Treats padding as the previous token."""
 
     def forward(
         self, control: Tensor, valid: Any = None, positions: Any = None, state: Any = None
@@ -102,7 +102,7 @@ class Neighbour(Rising):
 
 
 class Tied(Rising):
-    """Activates a tie."""
+    """Activates tokens with tied scores."""
 
     def active(self, scores: Tensor) -> Tensor:
         return scores >= 0
@@ -116,42 +116,42 @@ class Mixing(Rising):
 
 
 class Placed(Rising):
-    """Favours the later rows of a batch."""
+    """Adds to the scores of later rows of a batch."""
 
     def scores(self, change: Tensor, control: Tensor) -> Tensor:
         return super().scores(change, control) + 1e-3 * torch.arange(len(change), dtype=change.dtype)[:, None, None]
 
 
 class Greedy(Rising):
-    """Activates what is not known to be below the threshold, NaN too."""
+    """Activates every token whose score is not below the threshold, including NaN."""
 
     def active(self, scores: Tensor) -> Tensor:
         return ~(scores <= 0)
 
 
 class Detached(Rising):
-    """A confidence without a gradient."""
+    """Returns a confidence without a gradient."""
 
     def sure(self, scores: Tensor) -> Tensor:
         return super().sure(scores.detach())
 
 
 class Unused(Rising):
-    """Leaves its parameters out where there is no token."""
+    """Does not use its parameters if there is no token."""
 
     def sure(self, scores: Tensor) -> Tensor:
         return super().sure(scores) if scores.numel() else torch.ones_like(scores)
 
 
 class Sure(Rising):
-    """A confidence above 1."""
+    """Returns a confidence above 1."""
 
     def sure(self, scores: Tensor) -> Tensor:
         return 1 + super().sure(scores)
 
 
 class Half(Rising):
-    """Leaves the precision to autocast."""
+    """Computes scores in the precision of autocast."""
 
     def scores(self, change: Tensor, control: Tensor) -> Tensor:
         scores = (change @ self.weight.to(change.dtype).T).to(change.dtype)
@@ -159,21 +159,21 @@ class Half(Rising):
 
 
 class Cancelling(Rising):
-    """Loses in float32 what it adds and takes away again."""
+    """Adds and subtracts a number so large that float32 loses the score."""
 
     def scores(self, change: Tensor, control: Tensor) -> Tensor:
         return super().scores(change, control) + 1e7 - 1e7
 
 
 class Exploding(Rising):
-    """Scores that overflow."""
+    """Computes scores that overflow."""
 
     def scores(self, change: Tensor, control: Tensor) -> Tensor:
         return super().scores(change, control) * change.square().sum(-1, keepdim=True) ** 6
 
 
 class Forgetful(Rising):
-    """Takes a state and returns none."""
+    """Accepts a state and returns none."""
 
     def forward(
         self, control: Tensor, valid: Any = None, positions: Any = None, state: Any = None
@@ -182,7 +182,7 @@ class Forgetful(Rising):
 
 
 class Stale(Rising):
-    """Returns the state it was given."""
+    """Returns the given state unchanged."""
 
     def forward(
         self, control: Tensor, valid: Any = None, positions: Any = None, state: Any = None
@@ -232,7 +232,7 @@ class Unresettable(Rising):
 
 
 class Jittering(Rising):
-    """Draws from torch's generator."""
+    """Samples from torch's global generator."""
 
     def scores(self, change: Tensor, control: Tensor) -> Tensor:
         return super().scores(change, control) + 1e-3 * torch.rand(change.shape[:2], dtype=change.dtype)[..., None]
@@ -251,14 +251,14 @@ class Counting(Rising):
 
 
 class Moody(Rising):
-    """Decides otherwise in training."""
+    """Makes other decisions in training."""
 
     def scores(self, change: Tensor, control: Tensor) -> Tensor:
         return super().scores(change, control) + 0.1 * self.training
 
 
 class Contrary(Rising):
-    """Activates where off beats on."""
+    """Activates tokens whose score for off is higher."""
 
     def active(self, scores: Tensor) -> Tensor:
         return scores < 0
@@ -272,7 +272,7 @@ class Opposite(Rising):
 
 
 class Lexical(Rising):
-    """Decides by the alphabet."""
+    """Makes decisions that depend on the alphabetical order of names."""
 
     def scores(self, change: Tensor, control: Tensor) -> Tensor:
         order = sorted(range(len(self.names)), key=lambda place: self.names[place])
@@ -280,7 +280,7 @@ class Lexical(Rising):
 
 
 class Hidden(Rising):
-    """Keeps a number that it drew where no checkpoint sees it."""
+    """Keeps a random number that no checkpoint contains."""
 
     def __init__(self, width: int, names: Sequence[str]) -> None:
         super().__init__(width, names)
@@ -300,20 +300,20 @@ class Demanding(Rising):
 
 
 class Wrong(Rising):
-    """A gradient that does not belong to the confidence."""
+    """Returns a gradient that is not that of the confidence."""
 
     def sure(self, scores: Tensor) -> Tensor:
         return super().sure(scores.detach() + 2 * (scores - scores.detach()))
 
 
 class Pretending(Rising):
-    """Declares that it looks ahead, but makes a state."""
+    """Declares causal=False, but creates a state."""
 
     causal = False
 
 
 class Unmoved(Rising):
-    """Ignores the choice that it replays."""
+    """Ignores the decision to replay."""
 
     def replay(self, decision, active):
         return decision

@@ -1,6 +1,4 @@
-"""Causal models for the laws of streams: every causal kind of sub-module, router, norm and encoder is in one of
-them.
-"""
+"""Causal models for the laws of streams, which contain every causal kind of sub-module, router, norm and encoder."""
 
 import functools
 from typing import Any
@@ -91,7 +89,7 @@ causal_layers = pytest.mark.parametrize("spec", [pytest.param(spec, id=name) for
 
 
 def far_from_the_start(part: nn.Module) -> None:
-    """Draw parameters and running statistics; delta and alpha of averages with the standard deviation 2."""
+    """Draw parameters and running statistics; delta and alpha get a standard deviation of 2."""
     spread(part)
     source = generator(4)
     with torch.no_grad():
@@ -105,14 +103,14 @@ def far_from_the_start(part: nn.Module) -> None:
 
 
 def make_model(name: str, dtype: torch.dtype = torch.float64, **changes: Any) -> SequenceModel:
-    """A causal model in evaluation whose routers are undecided."""
+    """A causal model in evaluation mode whose routers have rates between 0 and 1."""
     model = build({**CAUSAL[name], **changes}, seed=0).to(dtype).eval()
     far_from_the_start(model)
     for index, layer in enumerate([layer for layer in model.routed_layers if layer.routed is not None]):
         router = layer.routed.router
         if isinstance(router, SMARouter):
             balance(router, model(inputs_of(model, 3, 12, dtype=dtype)).decisions[index])
-            with torch.no_grad():  # sharper scores: a decision that differs then shows
+            with torch.no_grad():  # sharper scores, so that a different decision changes the results
                 router.log_temperature -= 2
     return model
 
@@ -121,7 +119,7 @@ model_of = functools.cache(make_model)  # for tests that only run it
 
 
 def make_layer(spec: dict[str, Any]) -> RoutedLayer:
-    """A causal layer in evaluation whose router is undecided."""
+    """A causal layer in evaluation mode whose router has a rate between 0 and 1."""
     model = build({"kind": "sequence_encoder", "width": WIDTH, "encoder": TOKENS, "layers": [spec]}, seed=0)
     layer = model.routed_layers[0].double().eval()
     far_from_the_start(layer)
@@ -131,7 +129,7 @@ def make_layer(spec: dict[str, Any]) -> RoutedLayer:
 
 
 def inputs_of(model: SequenceModel, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """What a model takes: ids or numbers, `(B, L)` or `(B, L, F)`."""
+    """Inputs of a model: ids or numbers, `(B, L)` or `(B, L, F)`."""
     kind = model.spec.encoder.kind
     if kind == "token_embedding":
         return torch.randint(1, VOCABULARY, shape, generator=generator(5))

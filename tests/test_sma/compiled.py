@@ -1,6 +1,6 @@
 """Programs that compile models and compare them with the eager ones: `python -m tests.test_sma.compiled CASE`.
 
-In processes of their own: the suite's shape checker wraps every function, and torch.compile cannot look through it.
+They run in separate processes, because torch.compile cannot trace the suite's shape checker, which wraps functions.
 """
 
 import itertools
@@ -49,7 +49,7 @@ LENGTH = 40  # more than one block of a window, and of a scan
 
 
 def model_of(modules: dict[str, Any], norm: str = "layer_norm") -> nn.Module:
-    """A classifier of one layer that routes these modules."""
+    """A classifier with one layer that routes these modules."""
     layer = {
         "backbone": {"kind": "ema", "state_size": 2},
         "router": {"kind": "sma", "temperature_scale": 0.3},
@@ -67,7 +67,7 @@ def model_of(modules: dict[str, Any], norm: str = "layer_norm") -> nn.Module:
 
 
 def batches() -> list[tuple[Tensor, Tensor | None]]:
-    """Padded on the right, padded on the left, and not at all."""
+    """Batches with padding on the right, on the left, and without padding."""
     inputs = torch.randint(0, 9, (3, LENGTH), generator=generator(0))
     valid = torch.arange(LENGTH) < torch.tensor([LENGTH, 21, 4])[:, None]
     return [(inputs, valid), (inputs.flip(1), valid.flip(1)), (inputs, None)]
@@ -80,7 +80,7 @@ def logits_and_gradients(model: nn.Module, inputs: Tensor, valid: Tensor | None,
 
 
 def assert_compiles(model: nn.Module, backend: str, **options: Any) -> None:
-    """One graph, forward and backward, that gives what eager gives."""
+    """Assert that the model compiles to one graph with the outputs and gradients of the eager model."""
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     for inputs, valid in batches():
         found, wanted = (logits_and_gradients(each, inputs, valid, **options) for each in (compiled, model))
@@ -88,7 +88,7 @@ def assert_compiles(model: nn.Module, backend: str, **options: Any) -> None:
 
 
 def static() -> None:
-    """Static capacity, as users compile it; some tokens overflow."""
+    """Static capacity with the default backend; some tokens overflow."""
     model = model_of(MIXED)
     capacity = {"attention": 0.5, "mlp": 9, "conv": LENGTH}
     assert any(bool(decision.overflow.any()) for decision in model(*batches()[0], capacity=capacity).decisions)
@@ -96,13 +96,13 @@ def static() -> None:
 
 
 def ragged() -> None:
-    """Every active token, as users compile it."""
+    """Every active token, with the default backend."""
     torch._dynamo.config.capture_dynamic_output_shape_ops = True
     assert_compiles(model_of(MIXED), "inductor")
 
 
 def _assert_every_kind_compiles(**options: Any) -> None:
-    """Without generating code, half of the kinds in one layer: most of the time goes into what is around them."""
+    """Compile half of the kinds in one layer, without code generation; the rest of the model takes most of the time."""
     names = list(KINDS)
     for part in (names[::2], names[1::2]):
         torch._dynamo.reset()
@@ -111,20 +111,18 @@ def _assert_every_kind_compiles(**options: Any) -> None:
 
 
 def every_kind_static() -> None:
-    """Each kind with static capacity."""
+    """Every kind with static capacity."""
     _assert_every_kind_compiles(capacity=9)
 
 
 def every_kind_ragged() -> None:
-    """Each kind with every active token."""
+    """Every kind with all active tokens."""
     torch._dynamo.config.capture_dynamic_output_shape_ops = True
     _assert_every_kind_compiles()
 
 
 def batch_norm() -> None:
-    """In training the running statistics count a batch once, also where backward runs the pass again, inside of a graph
-    or around it.
-    """
+    """Running statistics count a training batch once, even if backward recomputes it inside or outside a graph."""
     x = torch.randn(3, 5, 8, generator=generator(0)).requires_grad_()
 
     def trained(wrap: Callable[[nn.Module], Callable[[Tensor], Tensor]]) -> list[Tensor]:
@@ -148,7 +146,7 @@ def batch_norm() -> None:
 
 
 def other_lengths() -> None:
-    """A compiled model takes batches of other lengths, and compiles again where it must."""
+    """A compiled model accepts batches of other lengths and recompiles if necessary."""
     model = model_of(MIXED)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for length in (40, 25, 70):
@@ -159,7 +157,7 @@ def other_lengths() -> None:
 
 
 def step() -> None:
-    """Single steps of a stream equal the eager ones, the state included."""
+    """Single steps of a stream equal the eager ones, including the state."""
     gau = {**GAU, "window": 3, "bidirectional": False}
     layer = {
         "backbone": {"kind": "ema", "state_size": 2, "bidirectional": False},
@@ -184,9 +182,7 @@ def step() -> None:
 
 
 def parts() -> None:
-    """A layer, and what is in it, compiled by itself inside of an eager model: `compile()` of a part that the model
-    calls.
-    """
+    """A layer or one of its parts compiled separately with `compile()` inside an eager model."""
     for name in (
         "layers.0",
         "layers.0.routed",
@@ -214,7 +210,7 @@ def parts() -> None:
 
 
 def capacities() -> None:
-    """Static capacities of all forms."""
+    """Every form of static capacity."""
     from sma.capacity import PerBatch
     from tests.test_sma.test_capacity import MODEL
 
@@ -228,7 +224,7 @@ def capacities() -> None:
 
 
 def glue() -> None:
-    """The fused functions of a layer, of two sizes, and their gradients; many in one graph, which takes less time."""
+    """The fused functions of a layer in two sizes, and their gradients; many in one graph to save time."""
     from tests.test_sma.test_glue import OPERATORS, WITH_GRADIENTS, N
 
     def long(x: Any) -> bool:
@@ -257,8 +253,9 @@ def glue() -> None:
 
 
 def check_compilations() -> None:
-    """A fused function is compiled once per width and set of numbers, whatever the number of rows above 1; no change of
-    sizes, modes or layouts stops it, and it leaves no mark on tensors.
+    """A fused function is compiled once per width and set of numbers for any number of rows above 1.
+
+    It runs after any change of sizes, modes or layouts, and sets no attributes on tensors.
     """
     from sma.fused import Compiled
     from sma.glue import join_parts_backward
@@ -283,7 +280,7 @@ def check_compilations() -> None:
     torch._dynamo.reset()
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        # The guards are those of any backend; this one writes no code, which takes seconds for every program.
+        # All backends share the guards; this one skips code generation, which takes seconds per program.
         with mock.patch("torch.compile", partial(torch.compile, backend="eager")):
             run = Compiled(function)
         for width, p in itertools.product((3, 5, 6, 7), (0.0, 0.1)):
@@ -306,7 +303,7 @@ def assert_equal_if_compiled(case: str, folder: Path) -> None:
     """Run a case of this file in a fork of a process that has imported the compiler.
 
     Args:
-        case: its name.
+        case: name of the case.
         folder: an empty folder.
     """
     imported = ("torch._inductor.compile_fx", "tests.test_sma.compiled")

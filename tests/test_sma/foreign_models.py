@@ -1,4 +1,4 @@
-"""Models of somebody else, to be routed."""
+"""Third-party models to which routing is added."""
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ class Output(nn.Module):
 
 
 class TwoModules(nn.Module):
-    """A feed-forward block in two modules, as in BERT, and without its norm as in older ViT."""
+    """A feed-forward block of two modules, as in BERT, or without a norm, as in older ViT."""
 
     def __init__(self, norm: bool = True) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class TwoModules(nn.Module):
 
 
 class Model(nn.Module):
-    """Somebody's model; takes its mask as transformers does."""
+    """A third-party model with the mask argument of transformers."""
 
     def __init__(self, *blocks: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The routed layers that the tests of layers try their laws on."""
+"""The routed layers on which the tests of layers run."""
 
 from typing import Any
 
@@ -70,7 +70,7 @@ some_layers = pytest.mark.parametrize(
 
 
 def make(name: str, dtype: torch.dtype = torch.float64, **changes: Any) -> RoutedLayer:
-    """Build a layer whose parameters are far from their initial values and whose routers are undecided."""
+    """Build a layer with random parameters whose router has a rate between 0 and 1."""
     layer = LayerSpec.model_validate({**LAYERS[name], **changes}).build(WIDTH).to(dtype)
     spread(layer)
     if layer.routed is not None and isinstance(layer.routed.router, SMARouter):

@@ -1,4 +1,4 @@
-"""Small models of every form: what the tests of models try their laws on."""
+"""Small models of every form, on which the tests of models run."""
 
 import functools
 from typing import Any

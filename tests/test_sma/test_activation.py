@@ -59,7 +59,7 @@ def _routed(spec: RouterSpec | None = None, modules: dict[str, nn.Module] | None
 
 
 def _by_hand(routed: SparseModularActivation, x: Tensor, decision: Decision, valid: Tensor) -> Tensor:
-    """Sum over sub-modules of confidence times result, one row and one sub-module at a time."""
+    """The sum over sub-modules of confidence times result, one row and one sub-module at a time."""
     out = torch.zeros_like(x)
     rank = valid.cumsum(1) - 1
     for b, (m, name) in itertools.product(range(x.shape[0]), enumerate(decision.names)):
@@ -88,7 +88,7 @@ def test_values_are_the_sum_over_the_active_sub_modules(spec, valid):
 
 
 @ROUTERS
-def test_gradients_are_those_of_the_sum(spec):
+def test_gradients_equal_those_of_the_sum(spec):
     routed = _routed(spec)
     x, valid = normal(3, 6, WIDTH).requires_grad_(), torch.rand(3, 6, generator=generator(1)) < 0.8
     output = routed(x, valid=valid)
@@ -112,7 +112,7 @@ def test_works_from_plain_modules_without_a_spec():
 
 @given(valid=masks(rows=3, length=6))
 def test_always_is_the_dense_sum(valid):
-    """All active at confidence 1: the sub-modules on every valid token, added up."""
+    """With all tokens active at confidence 1, the result is the sum of the sub-modules on every valid token."""
     routed, x = _routed(AlwaysRouterSpec()), normal(*valid.shape, WIDTH)
     output = routed(x, valid=valid)
     assert torch.equal(output.decision.active, valid[..., None].expand(*valid.shape, 3))
@@ -122,7 +122,7 @@ def test_always_is_the_dense_sum(valid):
     assert not output.values[~valid].any()
 
 
-def test_padding_that_a_router_of_somebody_else_activates_is_left_out():
+def test_padding_that_a_third_party_router_activates_is_excluded():
     valid = torch.tensor([[True, True, False], [False, True, True]])
     everything = torch.ones(2, 3, 1, dtype=torch.bool)
     routed = SparseModularActivation(Chosen(["twice"], everything, everything.double()), {"twice": Double()})
@@ -163,7 +163,7 @@ def test_tokens_of_one_batch_choose_different_subsets():
     assert torch.equal(routed(corners).decision.active, corners > 0)
 
 
-def test_order_of_the_sub_modules_permutes_decisions_and_leaves_values():
+def test_order_of_the_sub_modules_permutes_decisions_and_keeps_values():
     order = [2, 0, 1]
     one = _routed()
     names = list(one.router.names)
@@ -182,7 +182,7 @@ def test_order_of_the_sub_modules_permutes_decisions_and_leaves_values():
     torch.testing.assert_close(second.values, first.values)
 
 
-def test_control_state_decides_and_tokens_are_computed_on():
+def test_the_router_reads_the_control_state_and_sub_modules_the_tokens():
     router = SMARouterSpec().build(5, ["twice"])
     spread(router)
     routed = SparseModularActivation(router, {"twice": Double()})
@@ -232,7 +232,7 @@ def _kinds_of_sub_modules() -> list[object]:
 
 @pytest.mark.parametrize(("kind", "fields"), _kinds_of_sub_modules())
 @pytest.mark.parametrize("rows", [0, 2])
-def test_a_sub_module_that_nobody_activated_gets_zero_gradients_not_none(kind, fields, rows):
+def test_a_sub_module_without_active_tokens_gets_zero_gradients_not_none(kind, fields, rows):
     module = kinds("sub-module")[kind](**fields).build(WIDTH)
     x = normal(rows, 4, WIDTH, dtype=torch.float32).requires_grad_()
     routed = SparseModularActivation(NeverRouterSpec().build(WIDTH, ["module"]), {"module": module})
@@ -243,7 +243,7 @@ def test_a_sub_module_that_nobody_activated_gets_zero_gradients_not_none(kind, f
     assert torch.equal(x.grad, torch.ones_like(x))
 
 
-def test_an_sma_router_that_activated_nothing_gets_zero_gradients_not_none():
+def test_an_sma_router_without_active_tokens_gets_zero_gradients_not_none():
     routed = _routed()
     with torch.no_grad():
         routed.router.weight.zero_()
@@ -280,7 +280,7 @@ def test_results_are_added_to_a_flattened_batch_in_place_and_it_gets_its_gradien
     assert torch.equal(gradients(summed, [base])[0], normal(10, WIDTH, seed=7))
 
 
-def test_input_that_is_not_contiguous_gives_the_same():
+def test_input_that_is_not_contiguous_gives_the_same_values():
     routed, x, valid = _routed(), normal(3, 6, WIDTH), torch.rand(3, 6, generator=generator(0)) < 0.7
     for other, mask in zip(strided(x), strided(valid), strict=True):
         torch.testing.assert_close(routed(other, valid=mask).values, routed(x, valid=valid).values)

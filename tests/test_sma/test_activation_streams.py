@@ -93,7 +93,7 @@ def test_gradients_through_the_states_are_those_of_the_whole(spec: RouterSpec) -
 
 @ROUTERS
 @pytest.mark.parametrize("graph", [False, True], ids=["no_grad", "grad"])
-def test_a_state_is_never_changed_and_idle_rows_keep_theirs(spec: RouterSpec, graph: bool) -> None:
+def test_a_state_is_never_changed_in_place_and_idle_rows_keep_theirs(spec: RouterSpec, graph: bool) -> None:
     routed, x = make(spec), normal(ROWS, LENGTH, WIDTH)
     with torch.set_grad_enabled(graph):
         state = routed(x, state=routed.init_state(ROWS)).state
@@ -106,7 +106,7 @@ def test_a_state_is_never_changed_and_idle_rows_keep_theirs(spec: RouterSpec, gr
         assert same_bits(routed(x[:, :0], state=state).state, state)
 
 
-def test_positions_that_are_given_replace_those_that_are_counted() -> None:
+def test_given_positions_replace_the_counted_ones() -> None:
     routed, x = make(AlwaysRouterSpec()), normal(1, 4, WIDTH)
     state = routed(x[:, :2], state=routed.init_state(1)).state
     counted = routed(x[:, 2:], state=state).values
@@ -155,7 +155,7 @@ class TestRefusals:
             "choose a causal router, such as 'sma', to stream the model",
         )
 
-    def test_state_of_sub_modules_of_other_names(self) -> None:
+    def test_state_of_sub_modules_with_other_names(self) -> None:
         one, other = (
             SparseModularActivation(AlwaysRouterSpec().build(WIDTH, [name]), {name: Counting()})
             for name in ("one", "other")
@@ -166,7 +166,7 @@ class TestRefusals:
         with pytest.raises(StateError, match=exactly(sentence)):
             one(normal(2, 3, WIDTH), state=other.init_state(2))
 
-    def test_state_out_of_that_of_a_layer_which_counts_no_tokens(self) -> None:
+    def test_state_from_inside_a_layer_which_counts_no_tokens(self) -> None:
         routed = make(SMARouterSpec())
         sentence = (
             "SparseModularActivation got a state without a token count, such as a part of the state of a layer or a "
@@ -176,7 +176,7 @@ class TestRefusals:
             routed(normal(2, 3, WIDTH), state=replace(routed.init_state(2), seen=None))
 
 
-def test_a_sub_module_of_somebody_else_streams_without_a_state_of_its_own() -> None:
+def test_a_third_party_sub_module_without_a_state_can_be_streamed() -> None:
     routed = SparseModularActivation(AlwaysRouterSpec().build(WIDTH, ["twice"]), {"twice": Counting()})
     x = normal(2, 6, WIDTH, dtype=torch.float32)
     (values, *_), _ = flow(lambda *chunk: run(routed, *chunk), x, even(steps(6), 2), routed.init_state(2))

@@ -1,4 +1,4 @@
-"""Mistakes on a command line, answered with one message each."""
+"""Mistakes on a command line give one error message each."""
 
 import pytest
 
@@ -48,7 +48,7 @@ def test_a_mistake_is_one_message(parser, words, message):
 
 
 @pytest.mark.parametrize("words", [["--" + "z" * 10_000], ["red", "z" * 10_000]], ids=["option", "word"])
-def test_what_was_given_is_cut(parser, words):
+def test_long_arguments_are_truncated_in_messages(parser, words):
     with pytest.raises(SpecError, match="zzz") as caught:
         parser.read(words)
     assert len(str(caught.value)) < 1000

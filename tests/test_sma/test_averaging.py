@@ -1,4 +1,4 @@
-"""Running statistics of batch norms: means over batches of valid tokens, torch's own tools, and replaced norms."""
+"""Running statistics of batch norms: means over batches of valid tokens, the tools of torch, and replaced norms."""
 
 import copy
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ SPEC: dict[str, Any] = {
 
 
 class Pair(NamedTuple):
-    """A batch with names."""
+    """A batch as a named tuple."""
 
     inputs: Tensor
     valid: Tensor
@@ -72,21 +72,21 @@ FORMS = {
 
 @pytest.mark.parametrize("form", list(FORMS))
 @pytest.mark.parametrize("training", [True, False])
-def test_statistics_are_the_mean_over_the_batches_of_those_of_their_valid_tokens(form, training):
+def test_statistics_are_means_over_batches_of_the_statistics_of_valid_tokens(form, training):
     model, batches = _model().train(training), _batches()
     model.head.train(not training)
     modes = [part.training for part in model.modules()]
-    assert sma.update_statistics(model, (FORMS[form](batch) for batch in batches)) == 3  # the norm before the head too
+    assert sma.update_statistics(model, (FORMS[form](batch) for batch in batches)) == 3  # with the norm before the head
     for found, wanted in zip(_statistics(model)[:2], _first_by_hand(model, batches), strict=True):
         torch.testing.assert_close(found, wanted)
     assert [part.training for part in model.modules()] == modes
     assert [layer.norm.momentum for layer in model.layers] == [0.3, 0.3]
     again = copy.deepcopy(model)
-    sma.update_statistics(again, batches)  # nothing is dropped, and nothing is left of before
+    sma.update_statistics(again, batches)  # no dropout, and earlier statistics are discarded
     assert all(torch.equal(one, other) for one, other in zip(_statistics(again), _statistics(model), strict=True))
 
 
-def test_without_padding_update_bn_of_torch_gives_the_same():
+def test_without_padding_update_bn_of_torch_gives_the_same_statistics():
     spec = {"layers": [{**LAYER, "dropout": 0.0}] * 2}
     ours, theirs, batches = _model(**spec), _model(**spec), [normal(2, 5, 2, seed=seed) for seed in range(3)]
     sma.update_statistics(ours, batches)
@@ -95,7 +95,7 @@ def test_without_padding_update_bn_of_torch_gives_the_same():
     assert theirs.layers[0].norm.momentum == 0.3
 
 
-def test_averaged_weights_get_statistics_of_their_own():
+def test_averaged_weights_get_separate_statistics():
     model, batches = _model(), _batches()
     averaged = AveragedModel(model)
     with torch.no_grad():
@@ -113,7 +113,7 @@ def test_a_model_without_batch_norm_is_not_run():
     assert sma.update_statistics(model, iter(["nothing that could be run"])) == 0
 
 
-def test_checkpoints_hold_no_counter_and_older_ones_load():
+def test_checkpoints_hold_no_counter_of_batches():
     model = _model()
     assert {name.rpartition(".")[2] for name in model.state_dict() if ".norm." in name} == {
         "weight",
@@ -156,7 +156,7 @@ def test_a_failure_is_named_and_leaves_the_statistics_as_they_were(batches, comp
 
 
 def test_a_rank_with_fewer_batches_than_the_others_is_refused(monkeypatch):
-    # Two ranks, of which the other has one batch more.
+    # Two ranks; the other one has one batch more.
     monkeypatch.setattr(distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(
@@ -176,7 +176,7 @@ def test_a_rank_with_fewer_batches_than_the_others_is_refused(monkeypatch):
     ],
 )
 @pytest.mark.parametrize("place", ["norm", "final_norm"])
-def test_a_norm_of_torch_in_the_place_of_ours_is_named(norm, cure, place):
+def test_a_norm_of_torch_in_place_of_ours_is_refused(norm, cure, place):
     model = _model().float().eval()
     setattr(model.layers[0] if place == "norm" else model, place, norm)
     with pytest.raises(InputError, match=rf"'{place}' is torch's {type(norm).__name__}, which takes no mask.*{cure}"):
@@ -185,14 +185,14 @@ def test_a_norm_of_torch_in_the_place_of_ours_is_named(norm, cure, place):
         model.init_state(2)
 
 
-def test_torch_fuses_a_linear_map_and_our_batch_norm():
+def test_torch_fuses_a_linear_map_with_our_batch_norm():
     model, x = _model().eval(), normal(2, 5, 2)
     with torch.no_grad():
         fused = nn.utils.fusion.fuse_linear_bn_eval(model.encoder.linear, model.layers[0].norm)
     torch.testing.assert_close(fused(x), model.layers[0].norm(model.encoder(x)))
 
 
-def test_functional_calls_and_parametrised_weights_reach_every_part():
+def test_functional_calls_and_parametrisations_work_on_every_part():
     model, x = _model().eval(), normal(2, 5, 2)
     other = {name: 2 * parameter for name, parameter in model.named_parameters()}
     wanted = copy.deepcopy(model)
@@ -209,13 +209,13 @@ def test_functional_calls_and_parametrised_weights_reach_every_part():
     torch.testing.assert_close(model(x).logits, wanted(x).logits)
 
 
-def test_convert_sync_batchnorm_is_not_silent():
+def test_a_model_after_convert_sync_batchnorm_is_refused():
     model = nn.SyncBatchNorm.convert_sync_batchnorm(_model().float())
     with pytest.raises(InputError, match=r"'norm' is torch's SyncBatchNorm.*batch_norm, synchronized: true"):
         model(torch.zeros(1, 3, 2))
 
 
-def test_without_running_statistics_those_of_the_batch_serve_in_evaluation():
+def test_without_running_statistics_evaluation_uses_those_of_the_batch():
     model, x = _model(layers=[{**LAYER, "dropout": 0.0}]), normal(2, 5, 2)
     wanted = model.train()(x).logits
     torch.func.replace_all_batch_norm_modules_(model)

@@ -40,7 +40,7 @@ STEERABLE = pytest.mark.parametrize(
 
 
 def _router(spec, bias: float = 0.0, seed: int = 3) -> Router:
-    """A router with spread scores, of which those of the sub-modules are moved."""
+    """A router with random scores; `bias` is added to those of the sub-modules."""
     router = spec.build(5, NAMES).double()
     spread(router, seed=seed)
     with torch.no_grad():
@@ -55,7 +55,7 @@ def _router(spec, bias: float = 0.0, seed: int = 3) -> Router:
 
 
 def _run(controller: BudgetController, updates: int, *, start: int = 0, tokens: int = 400) -> list[Tensor]:
-    """Steer by batches of random tokens; the rates of every batch."""
+    """Update the controller on batches of random tokens; return the rates of every batch."""
     rates = []
     for number in range(start, start + updates):
         decisions = []
@@ -68,7 +68,7 @@ def _run(controller: BudgetController, updates: int, *, start: int = 0, tokens: 
 
 
 def _rate(router: Router, tokens: int = 20000) -> Tensor:
-    """In evaluation, where nothing is drawn."""
+    """Activation rates in evaluation mode, without sampling."""
     training = router.training
     rate = router.eval()(normal(1, tokens, 5, seed=12345))[0].rate()
     router.train(training)
@@ -80,14 +80,14 @@ class TestTarget:
     @pytest.mark.parametrize(
         "bias", [pytest.param(0.0, id="alive"), pytest.param(-50.0, id="dead"), pytest.param(50.0, id="saturated")]
     )
-    def test_each_sub_module_comes_to_its_target_in_a_hundred_updates(self, spec, bias):
+    def test_each_sub_module_reaches_its_target_in_a_hundred_updates(self, spec, bias):
         targets = {"attention": 0.2, "mlp": 0.3, "conv": 0.3} if spec.kind == "exclusive" else RATES
         router = _router(spec, bias)
         _run(BudgetController(BudgetSpec(target=targets), [router]), 100)
         assert _rate(router).tolist() == pytest.approx(list(targets.values()), abs=0.03)
 
     @pytest.mark.parametrize("spec", [GumbelRouterSpec(), BernoulliRouterSpec()])
-    def test_a_router_that_samples_runs_nearly_all_at_a_rate_of_1_and_then_keeps_the_target(self, spec):
+    def test_a_sampling_router_holds_a_rate_of_1_and_then_reaches_the_target(self, spec):
         router = _router(spec)
         controller = BudgetController(BudgetSpec(target=0.3, start=1.0, hold=100, anneal=100), [router])
         for held in (True, False):
@@ -97,7 +97,7 @@ class TestTarget:
         _run(controller, 100)
         assert _rate(router).tolist() == pytest.approx([0.3] * 3, abs=0.03)
 
-    def test_updates_of_many_tokens_count_more(self):
+    def test_updates_with_more_tokens_have_more_weight(self):
         router = _router(SMARouterSpec())
         controller = BudgetController(BudgetSpec(target=0.3), [router])
         few, many = normal(1, 100, 5, seed=1) + 0.4, normal(1, 900, 5, seed=2)
@@ -106,14 +106,14 @@ class TestTarget:
         active = torch.cat([router(control)[0].active[0] for control in (few, many)])
         assert active.double().mean(0).tolist() == pytest.approx([0.3] * 3, abs=0.04)
 
-    def test_a_dead_router_has_tokens_again_after_one_update(self):
+    def test_a_dead_router_gets_tokens_after_one_update(self):
         router = _router(SMARouterSpec(), bias=-50.0)
         assert not _rate(router).any()
         _run(BudgetController(BudgetSpec(target=0.3, floor=0.05), [router]), 1)
         assert _rate(router).tolist() == pytest.approx([0.05] * 3, abs=0.03)
 
     @pytest.mark.parametrize("bias", [-50.0, 0.0, 50.0])
-    def test_a_total_budget_keeps_the_mean_weighted_by_cost(self, bias):
+    def test_a_total_budget_holds_the_mean_rate_weighted_by_cost(self, bias):
         routers, costs = (
             [_router(SMARouterSpec(), bias), _router(ThresholdRouterSpec(), seed=4)],
             [[1.0, 2.0, 4.0], [8.0, 1.0, 1.0]],
@@ -126,9 +126,8 @@ class TestTarget:
     @pytest.mark.parametrize(
         "spec", [ExclusiveRouterSpec(), TopKRouterSpec(k=1, skips=1), TopKRouterSpec(k=2, skips=1)]
     )
-    def test_a_total_that_the_tokens_do_not_allow_lets_no_score_bias_drift(self, spec):
-        # The cheap sub-module takes every token from the dear one, and more of it does not make the total that was
-        # asked for.
+    def test_no_score_bias_drifts_under_a_total_that_cannot_be_reached(self, spec):
+        # The cheap sub-modules take every token from the expensive one, so no shift reaches the requested total.
         router, costs = _router(spec), [[1.0, 1.0, 50.0]]
         with torch.no_grad():
             router.bias[-1 - getattr(spec, "skips", 0)] -= 5.0
@@ -139,13 +138,13 @@ class TestTarget:
         assert float((offsets[2] - offsets[1]).abs().max()) < 0.2 * float(offsets[1].abs().max())
         assert _rate(router).sum() > controller.routers[0].maximum_total_rate - 0.02
 
-    def test_a_layer_that_always_runs_as_many_is_no_part_of_a_total_that_could_move(self):
+    def test_a_total_excludes_layers_of_constant_total_rate(self):
         fixed, free = _router(TopKRouterSpec(k=1)), _router(SMARouterSpec())
         _run(BudgetController(BudgetSpec(target=0.3, over="total"), [fixed, free]), 150)
         assert not fixed.score_bias.any()
         assert float(torch.cat([_rate(fixed), _rate(free)]).mean()) == pytest.approx(0.3, abs=0.03)
 
-    def test_every_layer_may_have_targets_of_its_own(self):
+    def test_every_layer_may_have_its_own_targets(self):
         routers = [_router(SMARouterSpec(), seed=seed) for seed in (1, 2, 3)]
         free = _rate(routers[2]).tolist()
         _run(BudgetController(BudgetSpec(target=[0.2, RATES, {}]), routers), 100)
@@ -158,7 +157,7 @@ class TestTarget:
         _run(BudgetController(BudgetSpec(target={"mlp": 0.1}), [router]), 20)
         assert router.score_bias.bool().tolist() == [False, True, False]
 
-    def test_layers_have_score_biases_of_their_own(self):
+    def test_layers_have_separate_score_biases(self):
         routers = [_router(SMARouterSpec(), seed=seed) for seed in (3, 4)]
         _run(BudgetController(BudgetSpec(target=0.25), routers), 80)
         assert not torch.isclose(routers[0].score_bias, routers[1].score_bias).any()
@@ -175,7 +174,7 @@ class TestTarget:
         assert torch.equal(routers[0].score_bias, routers[1].score_bias)
 
     @pytest.mark.parametrize("valid", [None, torch.zeros(2, 0, dtype=torch.bool)])
-    def test_a_batch_without_tokens_moves_nothing(self, valid):
+    def test_a_batch_without_tokens_changes_no_score_bias(self, valid):
         router = _router(SMARouterSpec())
         controller = BudgetController(BudgetSpec(target=0.1), [router])
         controller.update([router(normal(2, 0, 5))[0]], valid)
@@ -183,7 +182,7 @@ class TestTarget:
 
     @STEERABLE
     @pytest.mark.parametrize("junk", [math.nan, math.inf])
-    def test_tokens_without_numbers_are_not_counted(self, spec, junk):
+    def test_non_finite_tokens_are_not_counted(self, spec, junk):
         target = 0.2 if spec.kind != "top_k" else 1 / 3
         broken, clean = (_router(spec) for _ in range(2))
         control = normal(2, 100, 5)
@@ -197,7 +196,7 @@ class TestTarget:
 
     @STEERABLE
     @pytest.mark.parametrize("over", ["each", "total"])
-    def test_a_batch_without_numbers_moves_nothing(self, spec, over):
+    def test_a_batch_of_nan_tokens_changes_no_score_bias(self, spec, over):
         router, costs = _router(spec), [[1.0, 1.0, 1.0]]
         controller = BudgetController(BudgetSpec(target=1 / 3, over=over), [router], costs)
         _run(controller, 3)
@@ -205,7 +204,7 @@ class TestTarget:
         controller.update([router(torch.full((2, 9, 5), math.nan, dtype=torch.float64))[0]])
         assert torch.equal(router.score_bias, kept)
 
-    def test_a_step_that_is_no_number_is_not_made(self):
+    def test_a_non_finite_step_is_skipped(self):
         router = _router(SMARouterSpec())
         decision = router(normal(2, 100, 5))[0]
         controller = BudgetController(BudgetSpec(target=0.1), [router])
@@ -216,7 +215,7 @@ class TestTarget:
         assert not router.score_bias.any()
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    def test_a_model_in_half_precision_is_steered_as_any_other(self, dtype):
+    def test_a_router_in_half_precision_reaches_its_target(self, dtype):
         router = _router(SMARouterSpec(), bias=-30.0).to(dtype)
         controller = BudgetController(BudgetSpec(target=0.3, speed=0.05), [router])
         for number in range(300):
@@ -235,16 +234,16 @@ class TestTarget:
 
 
 class TestSchedule:
-    def test_the_rate_holds_and_then_falls_in_the_logarithm(self):
+    def test_the_rate_holds_and_then_falls_geometrically(self):
         spec = BudgetSpec(target=0.25, start=1.0, hold=10, anneal=20)
         assert [spec.scheduled(0.25, update) for update in (0, 10, 20, 30, 1000)] == pytest.approx(
             [1.0, 1.0, 0.5, 0.25, 0.25]
         )
 
-    def test_without_a_schedule_the_target_counts_from_the_first_update(self):
+    def test_without_a_schedule_the_target_applies_from_the_first_update(self):
         assert BudgetSpec(target=0.25).scheduled(0.25, 0) == 0.25
 
-    def test_exploration_swings_above_the_target_and_fades(self):
+    def test_exploration_oscillates_above_the_target_and_fades(self):
         spec = BudgetSpec(target=0.2, exploration=0.5, period=10, until=100)
         rates = [spec.scheduled(0.2, update) for update in range(200)]
         assert rates[0] == rates[10] == pytest.approx(0.2)
@@ -260,7 +259,7 @@ class TestSchedule:
         for update in (50, 110, 200, 239):
             assert rates[update][0].tolist() == pytest.approx([spec.scheduled(0.1, update)] * 3, abs=0.08)
 
-    def test_a_rate_of_1_moves_the_score_bias_no_further_than_the_tokens_need(self):
+    def test_a_rate_of_1_moves_the_score_bias_only_as_far_as_needed(self):
         router = _router(SMARouterSpec())
         _run(BudgetController(BudgetSpec(target=0.3, start=1.0, hold=50, speed=1.0), [router]), 20)
         assert _rate(router).min() > 0.97
@@ -268,7 +267,7 @@ class TestSchedule:
 
 
 class TestResuming:
-    def test_interrupted_and_resumed_is_uninterrupted(self):
+    def test_a_resumed_run_equals_an_uninterrupted_one(self):
         spec = BudgetSpec(target=0.2, start=0.9, hold=3, anneal=20, exploration=0.3, period=7)
         whole, first, second = (BudgetController(spec, [_router(SMARouterSpec())]) for _ in range(3))
         _run(whole, 24)
@@ -306,7 +305,7 @@ class TestRefused:
 
 
 def _without_a_target(rank: int, folder: str, ranks: int) -> None:
-    """A budget of nothing must not wait for ranks: this one's updates are more than the other's."""
+    """A budget without targets must not wait for other ranks: rank 1 makes more updates than rank 0."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
     router = _router(SMARouterSpec())
     controller = BudgetController(BudgetSpec(target={}), [router])
@@ -315,13 +314,13 @@ def _without_a_target(rank: int, folder: str, ranks: int) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_a_budget_that_steers_nothing_meets_no_other_rank(tmp_path):
+def test_a_budget_without_targets_never_waits_for_other_ranks(tmp_path):
     torch.multiprocessing.start_processes(_without_a_target, (str(tmp_path), 2), nprocs=2, start_method="fork")
     assert [int(torch.load(tmp_path / f"{rank}.pt")) for rank in (0, 1)] == [1, 2]
 
 
 def _score_bias_of_rank(rank: int, folder: str, ranks: int) -> None:
-    """Run one rank with its own tokens."""
+    """Steer on the tokens of one rank, which differ between ranks."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
     router = _router(SMARouterSpec())
@@ -332,7 +331,7 @@ def _score_bias_of_rank(rank: int, folder: str, ranks: int) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_keep_equal_score_biases_and_one_rate_over_both(tmp_path):
+def test_two_processes_keep_equal_score_biases_and_reach_the_rate_together(tmp_path):
     torch.multiprocessing.start_processes(_score_bias_of_rank, (str(tmp_path), 2), nprocs=2, start_method="fork")
     offsets = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     assert offsets[0].any()

@@ -1,4 +1,4 @@
-"""Targets that a budget cannot reach are errors before a score bias is moved."""
+"""Targets that a budget cannot reach raise errors before any score bias changes."""
 
 import math
 from itertools import pairwise
@@ -130,10 +130,10 @@ class TestTotal:
             pytest.param(1.0, [SMARouterSpec()], [[0.0, 0.0, 1.0]], id="some cost nothing"),
         ],
     )
-    def test_totals_within_reach_are_not(self, target, specs, costs):
+    def test_totals_within_reach_are_accepted(self, target, specs, costs):
         self._controller(target, specs, costs)
 
-    def test_a_total_that_no_shift_moves_is_refused(self):
+    def test_a_total_that_no_shift_changes_is_refused(self):
         sentence = (
             "each of these routers runs the same number of sub-modules on every token, "
             "and a shift of all scores changes no total"
@@ -143,7 +143,7 @@ class TestTotal:
         ):
             self._controller(0.5, [TopKRouterSpec(k=2)], [[1.0, 2.0, 5.0]])
 
-    def test_a_router_without_an_offset_is_refused(self):
+    def test_a_router_that_cannot_be_steered_is_refused(self):
         with pytest.raises(InputError, match="the router kind 'expert_choice' cannot be steered"):
             self._controller(0.3, [ExpertChoiceRouterSpec(share=0.3)], None)
 
@@ -162,7 +162,7 @@ class TestTotal:
         pytest.param(BudgetSpec(target=0.2, exploration=0.4, period=7), id="exploring-for-ever"),
     ],
 )
-def test_ceiling_is_above_the_schedule_and_changes_seldom(spec: BudgetSpec) -> None:
+def test_ceiling_is_above_the_schedule_and_rarely_changes(spec: BudgetSpec) -> None:
     ceilings = [spec.ceiling(spec.target, update) for update in range(150)]  # type: ignore[arg-type]
     rates = [spec.scheduled(spec.target, update) for update in range(150)]  # type: ignore[arg-type]
     assert all(ceiling >= rate - 1e-12 for ceiling, rate in zip(ceilings, rates, strict=True))

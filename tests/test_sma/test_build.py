@@ -1,4 +1,4 @@
-"""`sma.build`, `load_spec`, the version, and their types for editors."""
+"""`sma.build`, `load_spec`, the version, and their types for type checkers."""
 
 import re
 import subprocess
@@ -62,14 +62,14 @@ def test_a_model_is_built_from_a_path_a_mapping_or_a_spec(mine):
         pytest.param({}, "a model needs a 'kind'; known kinds: ", id="empty"),
     ],
 )
-def test_what_no_model_is_built_from_is_named(source, complaint):
+def test_sources_that_are_no_model_are_refused(source, complaint):
     with pytest.raises(SpecError, match=complaint) as caught:
         build(source)
     assert len(str(caught.value)) < 1000
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64, 10**400, True])
-def test_seed_that_torch_does_not_know_is_named(seed):
+def test_a_seed_that_torch_does_not_accept_is_refused(seed):
     with pytest.raises(SpecError, match=r"seed=.* must be an integer of at least 0 and below 2\^64, or None"):
         build(FIELDS, seed=seed)
 
@@ -91,8 +91,8 @@ for seed in (1.5, "1", None, numpy.int64(5)):
 """
 
 
-def test_arguments_of_other_types_are_named():
-    # In a process of its own, without the type checker of the tests.
+def test_arguments_of_other_types_are_refused():
+    # In a separate process, without the suite's type checker.
     result = subprocess.run(
         [sys.executable, "-c", WRONG % FIELDS], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -110,7 +110,7 @@ def test_arguments_of_other_types_are_named():
     assert lines[8:] == ["SequenceModel", "SequenceModel"]
 
 
-def test_a_spec_that_holds_itself_is_named():
+def test_a_spec_that_contains_itself_is_refused():
     fields = dict(FIELDS)
     fields["layers"] = fields
     with pytest.raises(SpecError, match=r"contains itself|RepeatSpec in layers"):
@@ -159,7 +159,7 @@ TYPES = [
     "SubModuleSpec",
     "RouterSpec",
     "SequenceModel",
-    "Tensor | Tensor | Tensor | None",  # one for each shape
+    "Tensor | Tensor | Tensor | None",  # one for each overload
     "Decision | None",
     "RoutedOutput",
     "tuple[Tensor, State | None]",
@@ -169,7 +169,7 @@ TYPES = [
 
 
 @pytest.mark.slow
-def test_editors_know_what_is_returned(tmp_path):
+def test_type_checkers_infer_the_returned_types(tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
     command = [
         sys.executable,

@@ -42,7 +42,7 @@ def _model(router: dict, layers: int = 2, modules: int = 2):
 class TestCalibrate:
     @pytest.mark.parametrize("kind", ["sma", "threshold", "gumbel"])
     @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
-    def test_it_reaches_the_rate_and_leaves_all_else_untouched(self, kind, rate):
+    def test_it_reaches_the_rate_and_changes_only_score_biases(self, kind, rate):
         model = _model({"kind": kind}).train()
         kept, data = (
             copy.deepcopy(model.state_dict()),
@@ -81,7 +81,7 @@ class TestCalibrate:
         reached = calibrate(_model({"kind": "sma"}), [normal(3, 100, 3)], [{"conv": 0.2, "mlp": 0.6}, 0.4])
         assert reached.rates.tolist() == [pytest.approx([0.6, 0.2], abs=0.02), pytest.approx([0.4, 0.4], abs=0.02)]
 
-    def test_data_that_can_be_gone_through_only_once_is_refused(self):
+    def test_data_that_can_be_iterated_over_only_once_is_refused(self):
         with pytest.raises(InputError, match="this can be iterated over only once: give a list of batches"):
             calibrate(_model({"kind": "sma"}), iter([normal(1, 4, 3)]), 0.5)
 
@@ -99,7 +99,7 @@ class TestCalibrate:
             pytest.param({"kind": "exclusive"}, {"mlp": 0.6, "conv": 0.1, "other": 0.1}, id="exclusive"),
         ],
     )
-    def test_sub_modules_that_compete_come_to_their_rates_together(self, router, rates):
+    def test_competing_sub_modules_reach_their_rates_together(self, router, rates):
         model = _model(router, modules=3 if "other" in rates else 2)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -107,8 +107,8 @@ class TestCalibrate:
         for layer in reached.by_layer():
             assert {name: layer[name] for name in rates} == pytest.approx(rates, abs=0.01)
 
-    def test_a_target_that_is_missed_is_a_warning(self):
-        same = torch.ones(2, 9, 3, dtype=torch.float64)  # what is equal is decided alike
+    def test_a_missed_target_gives_a_warning(self):
+        same = torch.ones(2, 9, 3, dtype=torch.float64)  # equal tokens get equal decisions
         sentence = (
             "calibrate did not come within 0.005 of the target in 3 passes: 'mlp' of routed layer 0 runs at a rate of"
         )
@@ -120,7 +120,7 @@ class TestCalibrate:
         with pytest.warns(UserWarning, match=r"weighted by cost the rates sum to \d\.\d{4}, the target is 0.4"):
             calibrate(_model({"kind": "sma"}, layers=1), [same], 0.4, over="total", passes=3)
 
-    def test_a_total_of_rows_of_different_lengths_is_weighted_at_their_mean(self):
+    def test_a_total_is_weighted_by_costs_at_the_mean_length_of_the_rows(self):
         model, data = (
             _model({"kind": "sma"}),
             [(normal(4, 90, 3), torch.arange(90) < torch.tensor([[90], [30], [30], [50]]))],
@@ -129,7 +129,7 @@ class TestCalibrate:
         costs = torch.tensor(module_costs(model.spec, 50), dtype=torch.float64)
         assert float((reached.rates * costs).sum() / costs.sum()) == pytest.approx(0.3, abs=0.02)
 
-    def test_parts_go_back_to_the_mode_they_were_in(self):
+    def test_parts_return_to_their_previous_mode(self):
         model = _model({"kind": "sma"}).train()
         model.encoder.eval()
         kept = {name: part.training for name, part in model.named_modules()}
@@ -161,7 +161,7 @@ class TestCalibrate:
             ([0.5, None], "the rate None is None"),
         ],
     )
-    def test_a_rate_that_is_no_number_is_refused(self, rate, what, as_users_run):
+    def test_an_impossible_rate_is_refused(self, rate, what, as_users_run):
         with pytest.raises(
             InputError, match=f"^{what}; expected a number such as 0.3, one for every name, or a list of these for"
         ):
@@ -176,7 +176,7 @@ class TestCalibrate:
             (3, "an int"),
         ],
     )
-    def test_a_batch_of_another_form_is_refused(self, batch, told):
+    def test_a_batch_in_an_unsupported_form_is_refused(self, batch, told):
         wanted = (
             "inputs, a pair (inputs, valid), or an object with the attributes, "
             "or a mapping with the keys, inputs and valid"
@@ -184,7 +184,7 @@ class TestCalibrate:
         with pytest.raises(InputError, match=exactly(f"a batch of calibrate is {told}; expected {wanted}")):
             calibrate(_model({"kind": "sma"}), [batch], 0.5)
 
-    def test_every_form_of_a_batch_gives_the_same(self):
+    def test_every_form_of_a_batch_gives_the_same_rates(self):
         inputs, valid = normal(2, 40, 3), torch.arange(40).expand(2, 40) < 30
         forms = [
             (inputs, valid),
@@ -199,7 +199,7 @@ class TestCalibrate:
 
 
 class Own(nn.Module):
-    """A module of a user that contains one of ours; what its forward takes and returns differs."""
+    """A third-party module that contains a model; its forward has another signature and return value."""
 
     def __init__(self, told: str) -> None:
         super().__init__()
@@ -212,7 +212,7 @@ class Own(nn.Module):
         )
 
 
-class TestModulesOfOnesOwn:
+class TestThirdPartyModules:
     def test_one_that_returns_its_decisions_is_calibrated(self):
         own = Own("output")
         calibrate(own, [normal(4, 90, 3)], 0.3, tolerance=0.02)
@@ -221,7 +221,7 @@ class TestModulesOfOnesOwn:
     @pytest.mark.parametrize(
         ("told", "came"), [("tensor", r"a torch\.Tensor of shape \(2, 9, 5\) and dtype .*"), ("mapping", "a dict")]
     )
-    def test_one_that_returns_none_says_what_is_needed(self, told, came, as_users_run):
+    def test_one_that_returns_no_decisions_is_refused(self, told, came, as_users_run):
         required = (
             "expected an output with the attribute decisions, "
             "one for each of its 2 routed layers, as in sma.ModelOutput"
@@ -232,14 +232,14 @@ class TestModulesOfOnesOwn:
         ):
             calibrate(Own(told), [normal(2, 9, 3)], 0.3)
 
-    def test_one_that_takes_no_mask_says_so(self):
+    def test_one_that_takes_no_mask_is_refused(self):
         with pytest.raises(
             InputError,
             match=r"^the forward of Own takes no valid mask beside its inputs; give it one, or calibrate with",
         ):
             calibrate(Own("output"), [(normal(2, 9, 3), torch.ones(2, 9, dtype=torch.bool))], 0.3)
 
-    def test_one_without_routers_has_nothing_to_calibrate(self):
+    def test_one_without_routers_is_refused(self):
         with pytest.raises(InputError, match=exactly("Linear has no routed layer, so there are no rates to calibrate")):
             calibrate(nn.Linear(3, 3), [normal(2, 9, 3)], 0.3)
 
@@ -248,7 +248,7 @@ class TestModulesOfOnesOwn:
     "targets",
     [torch.tensor([0, 1]), torch.zeros(2, 9, 1), torch.ones(2, dtype=torch.bool), torch.ones(9, 2, dtype=torch.bool)],
 )
-def test_targets_in_the_place_of_the_mask_are_told_from_it(targets, as_users_run):
+def test_targets_in_place_of_the_mask_are_refused(targets, as_users_run):
     mask = "The second of a pair is the mask of the valid tokens"
     cure = f"{mask}; targets are not needed: give [inputs for inputs, targets in data]"
     given = f"of shape {tuple(targets.shape)} and dtype {targets.dtype}"
@@ -264,7 +264,7 @@ def test_targets_in_the_place_of_the_mask_are_told_from_it(targets, as_users_run
 
 
 class Once:
-    """Data that is exhausted after one pass, although it can return another iterator."""
+    """Data that is exhausted after one pass, although it can return a new iterator."""
 
     def __init__(self) -> None:
         self.batches = iter([normal(2, 30, 3), normal(2, 30, 3, seed=1)])
@@ -292,19 +292,19 @@ class Once:
         pytest.param([], "got no batch; give it data for which the rates should hold", id="nothing"),
     ],
 )
-def test_data_that_is_no_list_of_batches_is_refused(data, problem, as_users_run):
+def test_data_that_is_not_a_list_of_batches_is_refused(data, problem, as_users_run):
     with pytest.raises(InputError, match=re.escape(problem)):
         calibrate(_model({"kind": "sma"}), data, 0.5, tolerance=0.0)
 
 
 @pytest.mark.parametrize("settings", [{"passes": -1}, {"passes": 2.5}, {"tolerance": "0.1"}], ids=str)
-def test_passes_and_tolerance_are_numbers(settings, as_users_run):
+def test_impossible_passes_and_tolerances_are_refused(settings, as_users_run):
     with pytest.raises(InputError, match=f"^{next(iter(settings))}"):
         calibrate(_model({"kind": "sma"}), [normal(2, 9, 3)], 0.5, **settings)
 
 
 class Wrapped(nn.Module):
-    """A wrapper like DistributedDataParallel."""
+    """A wrapper similar to DistributedDataParallel."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -315,13 +315,13 @@ class TestCosts:
     @pytest.mark.parametrize(
         "wrap", [Wrapped, torch.compile, lambda model: Wrapped(torch.compile(model)), nn.DataParallel]
     )
-    def test_of_a_wrapped_model_are_its_own(self, wrap):
+    def test_costs_of_a_wrapped_model_are_those_of_the_model(self, wrap):
         model, spec = _model({"kind": "sma"}), BudgetSpec(target=0.3, over="total")
         wanted = [cost for layer in module_costs(model.spec, 1024) for cost in layer]
         assert len(set(wanted)) == 2
         assert [steered.cost for steered in BudgetController.of(wrap(model), spec).steered] == wanted
 
-    def test_of_a_model_without_a_spec_must_be_given(self):
+    def test_costs_of_a_model_without_a_spec_must_be_given(self):
         model = nn.Sequential(*_model({"kind": "sma"}).layers)
         with pytest.raises(
             InputError,
@@ -332,7 +332,7 @@ class TestCosts:
 
 
 def _batches(rank: int) -> list[torch.Tensor]:
-    """Three batches for one rank, one for the next, none for the last; of other tokens and lengths."""
+    """Three batches for rank 0, one for rank 1, none for rank 2, with different tokens and lengths."""
     return [normal(2, 60 + 20 * rank, 3, seed=10 * rank + number) + rank for number in range((3, 1, 0)[rank])]
 
 
@@ -347,7 +347,7 @@ def _calibrate_by_rank(rank: int, folder: str, ranks: int, over: str) -> None:
 
 
 @pytest.mark.parametrize("over", ["each", "total"])
-def test_processes_with_different_numbers_of_batches_come_to_what_one_process_does(tmp_path, over):
+def test_processes_with_different_numbers_of_batches_agree_with_one_process(tmp_path, over):
     torch.multiprocessing.start_processes(_calibrate_by_rank, (str(tmp_path), 3, over), nprocs=3, start_method="fork")
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(3)]
     model = _model({"kind": "sma"})

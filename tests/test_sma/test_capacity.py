@@ -1,4 +1,4 @@
-"""Static capacity: the ragged result for the earliest active tokens, in shapes that do not depend on the data."""
+"""Static capacity: the ragged result for the earliest active tokens, in shapes independent of the data."""
 
 import copy
 import math
@@ -36,7 +36,7 @@ routed_layers = pytest.mark.parametrize(
 
 
 class Truncated(Router):
-    """Another router's decision without the tokens of a row that come after the first few active ones."""
+    """The decision of another router, without the tokens of a row that exceed its capacity."""
 
     def __init__(self, router: Router, capacity: Capacity) -> None:
         super().__init__(router.names)
@@ -94,7 +94,7 @@ def _assert_same_decision(found: Decision, wanted: Decision) -> None:
 @routed_layers
 @given(valid=masks(rows=3, length=7), capacity=CAPACITIES)
 @settings(max_examples=10)
-def test_layer_equals_the_ragged_one_whose_router_leaves_the_late_tokens_out(name, valid, capacity):
+def test_layer_equals_the_ragged_one_without_the_tokens_over_capacity(name, valid, capacity):
     layer, x = make(name), normal(*valid.shape, WIDTH, seed=1)
     wanted, ragged = _results_and_gradients(_truncated(layer, capacity), x, valid)
     found, static = _results_and_gradients(layer, x, valid, capacity=capacity)
@@ -109,7 +109,7 @@ def test_layer_equals_the_ragged_one_whose_router_leaves_the_late_tokens_out(nam
 @sides
 @given(capacity=st.fixed_dictionaries({"attention": CAPACITIES, "conv": CAPACITIES, "mlp": CAPACITIES}) | CAPACITIES)
 @settings(max_examples=8)
-def test_model_equals_the_ragged_one_whose_routers_leave_the_late_tokens_out(side, capacity):
+def test_model_equals_the_ragged_one_without_the_tokens_over_capacity(side, capacity):
     model = _undecided_model()
     x, valid = pad([normal(length, 2, seed=length) for length in (6, 0, 1, 9)], side, fill=torch.nan)
     clean = x.where(valid[..., None], 0)
@@ -124,7 +124,7 @@ def test_model_equals_the_ragged_one_whose_routers_leave_the_late_tokens_out(sid
 @routed_layers
 @given(valid=masks(rows=3, length=7), spare=st.integers(0, 3))
 @settings(max_examples=10)
-def test_room_for_every_token_changes_nothing(name, valid, spare):
+def test_capacity_for_every_token_changes_nothing(name, valid, spare):
     layer, x = make(name), normal(*valid.shape, WIDTH, seed=1)
     wanted, ragged = _results_and_gradients(layer, x, valid)
     for capacity in (max(valid.shape[1], 1) + spare, 1.0):
@@ -160,7 +160,7 @@ def test_a_row_alone_and_in_a_padded_batch_keep_the_same_tokens(name, capacity):
             assert torch.equal(output.decision.overflow[row], single.decision.overflow[0])
 
 
-def test_sub_modules_get_the_same_shapes_whatever_is_active():
+def test_shapes_of_sub_modules_never_depend_on_the_decisions():
     layer, shapes = make("several modules"), set()
     for module in layer.routed.submodules.values():
         module.register_forward_pre_hook(
@@ -171,8 +171,8 @@ def test_sub_modules_get_the_same_shapes_whatever_is_active():
     assert shapes == {((8, WIDTH), 4, True)}
 
 
-def test_a_value_that_is_not_finite_stays_where_it_is():
-    """The holes of a row are filled from its first position, whatever its value."""
+def test_a_non_finite_value_never_reaches_another_token():
+    """Holes are filled from the first position of a row, so a non-finite value there must not reach other tokens."""
     layer = make("bare")
     with torch.no_grad():
         layer.routed.router.weight.zero_()
@@ -197,7 +197,7 @@ def _earliest_of_all(active: Tensor, size: int) -> Tensor:
 
 
 class TruncatedInAll(Truncated):
-    """Another router's decision without the tokens that come after the first few active ones of the batch."""
+    """The decision of another router, without the tokens that exceed the capacity of the batch."""
 
     def forward(self, control_BLD, valid=None, positions=None, state=None):
         decision, state = self.router(control_BLD, valid, positions, state)
@@ -224,7 +224,7 @@ def test_capacity_of_the_batch_equals_the_ragged_layer_without_the_latest_tokens
     assert torch.equal(static.decision.overflow, plain.decision.active.sum(1) - static.decision.active.sum(1))
 
 
-def test_a_row_may_use_the_slots_of_others_and_overflow_says_whose_tokens_did_not_fit():
+def test_a_row_may_use_the_slots_of_others_in_a_capacity_of_the_batch():
     active = torch.tensor([[1, 1, 1, 1, 1], [0, 1, 0, 0, 0], [0, 0, 0, 0, 1]]).bool()[..., None]
     kept, (frame,) = place(active, PerBatch(6), ["a"], None, None)
     assert kept[..., 0].int().tolist() == [[1, 1, 1, 1, 1], [0, 1, 0, 0, 0], [0, 0, 0, 0, 0]]
@@ -236,7 +236,7 @@ def test_a_row_may_use_the_slots_of_others_and_overflow_says_whose_tokens_did_no
     assert (frame.index[7:] == 10).all()
 
 
-def test_no_sub_module_gets_another_shape_with_a_capacity_of_the_batch():
+def test_a_capacity_of_the_batch_gives_every_sub_module_one_shape():
     layer, shapes = make("several modules"), set()
     for module in layer.routed.submodules.values():
         module.register_forward_pre_hook(lambda module, inputs: shapes.add(inputs[0].values.shape))
@@ -245,7 +245,7 @@ def test_no_sub_module_gets_another_shape_with_a_capacity_of_the_batch():
     assert shapes == {(5, WIDTH)}
 
 
-def test_shares_are_rounded_up_and_numbers_cut_to_the_length():
+def test_shares_are_rounded_up_and_numbers_limited_to_the_length():
     assert slots_per_row(0.1, ["a", "b"], 30) == [3, 3]
     assert slots_per_row({"a": 0.1, "b": 7}, ["b", "a"], 31) == [7, 4]
     assert slots_per_row({"a": 1e-9, "b": 7}, ["a", "b"], 5) == [1, 5]
@@ -270,13 +270,13 @@ class TestRefusals:
         with pytest.raises(InputError, match=r"capacity\['attention'\]=0 must be an integer of at least 1"):
             make("seqboat")(normal(2, 3, WIDTH), capacity={"attention": 0})
 
-    def test_sub_module_that_is_not_there(self):
+    def test_unknown_sub_module(self):
         with pytest.raises(
             InputError, match="capacity names 'atention', which is not a sub-module; did you mean 'attention'"
         ):
             make("seqboat")(normal(2, 3, WIDTH), capacity={"atention": 3})
 
-    def test_sub_module_that_is_left_out(self):
+    def test_missing_sub_module(self):
         with pytest.raises(
             InputError, match="capacity has no value for 'conv'; give every sub-module one, or one number for all"
         ):
@@ -293,5 +293,5 @@ class TestRefusals:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_every_capacity_can_be_traced_by_a_compiler(tmp_path):
+def test_every_form_of_capacity_can_be_compiled(tmp_path):
     assert_equal_if_compiled("capacities", tmp_path)

@@ -28,7 +28,7 @@ attention          word             softmax        softmax, relu2, laplace
 
 def test_list_has_a_sentence_for_every_kind():
     out = list_kinds()
-    for family in families():  # a sentence may end with a family's name too
+    for family in families():  # a sentence may also end with the name of a family
         block = f"\n{out}".split(f"\n{family}\n", 1)[1].split("\n\n")[0]
         for kind in kinds(family):
             (line,) = [
@@ -43,7 +43,7 @@ def test_list_has_a_sentence_for_every_kind():
 
 
 def test_list_of_one_family_names_its_kinds():
-    # Sentences that go on in a second line are indented further.
+    # The second line of a sentence has a deeper indentation.
     lines = [line for line in list_kinds("norm").splitlines() if not line.startswith("   ")]
     assert [line.split()[0] for line in lines] == ["norm", *kinds("norm")]
 
@@ -68,7 +68,7 @@ def test_fields_of_gau():
     assert describe_kind(*find_kinds("gau")).startswith(GAU)
 
 
-def test_what_has_no_kind_is_explained_too():
+def test_parts_without_a_kind_are_described():
     layer = describe_kind(*find_kinds("layer"))
     assert layer.startswith("LayerSpec in sma.layer\n")
     assert "modules              sub-module by name" in layer

@@ -38,7 +38,7 @@ INPUTS = torch.tensor([[1, 2, 3, 4, 1], [4, 3, 2, 0, 0]])
 
 
 def _model(seed: int = 0, dtype: torch.dtype = torch.float32) -> SequenceModel:
-    """A model whose buffers have moved too."""
+    """A model with random parameters and updated buffers."""
     model = build(SPEC, seed=seed).to(dtype)
     spread(model, seed=seed)
     model.train()(INPUTS)
@@ -55,7 +55,7 @@ def _files(folder: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_load_undoes_save_to_the_last_bit(tmp_path, dtype):
+def test_load_undoes_save_bit_by_bit(tmp_path, dtype):
     model = _model(dtype=dtype)
     assert save(model, tmp_path / "some" / "folder") == tmp_path / "some" / "folder"
     loaded = load(str(tmp_path / "some" / "folder"))
@@ -68,7 +68,7 @@ def test_load_undoes_save_to_the_last_bit(tmp_path, dtype):
     assert any(buffer.any() for name, buffer in loaded.named_buffers() if name.endswith("running_mean"))
 
 
-def test_loaded_model_evaluates_and_can_be_trained_on(tmp_path):
+def test_loaded_model_is_in_evaluation_mode_and_can_be_trained(tmp_path):
     save(_model().train(), tmp_path)
     loaded = load(tmp_path)
     assert not loaded.training
@@ -87,7 +87,7 @@ def test_saving_changes_neither_the_model_nor_the_random_state(tmp_path):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_folder_holds_the_weights_and_a_spec_to_read(tmp_path):
+def test_folder_holds_the_weights_and_a_readable_spec(tmp_path):
     save(_model(), tmp_path)
     assert _files(tmp_path) == {"model.safetensors", "spec.yaml"}
     assert load_spec(tmp_path / "spec.yaml") == load_spec(SPEC)
@@ -101,7 +101,7 @@ def test_second_save_replaces_the_first(tmp_path):
     assert _files(tmp_path) == {"model.safetensors", "spec.yaml"}
 
 
-def test_a_kind_of_a_user_is_rebuilt_by_its_name(tmp_path, monkeypatch):
+def test_a_third_party_kind_is_rebuilt_by_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(
         sma.spec, "_registry", {family: dict(members) for family, members in sma.spec._registry.items()}
     )
@@ -166,7 +166,7 @@ class TestInterrupted:
             assert _same(load(tmp_path), _model(0))
 
     @pytest.mark.parametrize("place", ["sma.checkpoint.write_tensors", "sma.files.os.fsync", "pathlib.Path.replace"])
-    def test_an_interrupt_passes_and_leaves_the_old_model_and_nothing_else(self, tmp_path, monkeypatch, place):
+    def test_an_interrupt_is_raised_and_leaves_the_old_model_and_nothing_else(self, tmp_path, monkeypatch, place):
         save(_model(0), tmp_path)
         monkeypatch.setattr(place, _interrupt)
         with pytest.raises(KeyboardInterrupt, match=r"^$"):
@@ -175,7 +175,7 @@ class TestInterrupted:
         assert _files(tmp_path) == {"model.safetensors", "spec.yaml"}
         assert _same(load(tmp_path), _model(0))
 
-    def test_between_the_two_files_the_model_is_the_new_one(self, tmp_path, monkeypatch):
+    def test_an_interrupt_between_the_two_files_leaves_the_new_model(self, tmp_path, monkeypatch):
         save(_model(0), tmp_path)
         other = build({**SPEC, "width": 6}, seed=1)
         monkeypatch.setattr(sma.checkpoint, "dump_yaml", _interrupt)
@@ -194,7 +194,7 @@ class TestInterrupted:
             save(_model(), tmp_path / "taken")
         assert (tmp_path / "taken").read_text() == "mine"
 
-    def test_write_leaves_an_old_file_until_the_new_one_is_whole(self, tmp_path):
+    def test_write_keeps_the_old_file_until_the_new_one_is_complete(self, tmp_path):
         path = tmp_path / "file"
         path.write_text("old")
         seen = []
@@ -227,7 +227,7 @@ class TestDamaged:
         ):
             load(tmp_path / folder)
 
-    def test_a_file_in_the_place_of_its_folder_is_named(self, tmp_path):
+    def test_a_file_in_place_of_the_folder_is_refused(self, tmp_path):
         save(_model(), tmp_path)
         with pytest.raises(
             CheckpointError, match=r"^'.*model\.safetensors' is a file; give the folder in which sma\.save wrote"
@@ -244,7 +244,7 @@ class TestDamaged:
             pytest.param(lambda content: b"PK\x03\x04" + content[4:], id="another format"),
         ],
     )
-    def test_damaged_file(self, tmp_path, damage):
+    def test_damaged_file_is_refused(self, tmp_path, damage):
         path = save(_model(), tmp_path) / "model.safetensors"
         path.write_bytes(damage(path.read_bytes()))
         with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged or not a safetensors file: "):
@@ -343,7 +343,7 @@ class TestDamaged:
             ),
         ],
     )
-    def test_weights_and_spec_that_do_not_fit(self, tmp_path, change, metadata, complaint):
+    def test_weights_that_do_not_fit_the_spec_are_refused(self, tmp_path, change, metadata, complaint):
         save(_model(), tmp_path)
         _rewrite(tmp_path, change, metadata)
         with pytest.raises(CheckpointError, match=complaint):

@@ -32,8 +32,8 @@ def made(width: int) -> sma.SequenceModel:
     return model
 
 
-def whole(folder: Path) -> int:
-    """The width of the model in a folder, all of whose parts are of that width."""
+def load_complete(folder: Path) -> int:
+    """The width of the model in a folder; fails unless all weights belong to the model of that width."""
     model = sma.load(folder)
     bounds = {float(bound) for tensor in model.state_dict().values() for bound in tensor.double().aminmax()}
     assert bounds == {float(model.spec.width)}
@@ -41,7 +41,7 @@ def whole(folder: Path) -> int:
 
 
 def run(function: str, folder: Path) -> dict[str, Any]:
-    """Run a function of this file in a process of its own, which may fork, and return what it prints as JSON."""
+    """Run a function of this file in a separate process, which may fork, and return its JSON output."""
     code = f"import json, sys; from {__name__} import {function}; print(json.dumps({function}(sys.argv[1])))"
     result = subprocess.run(
         [sys.executable, "-c", code, str(folder)], cwd=ROOT, capture_output=True, text=True, check=False, timeout=300
@@ -51,7 +51,7 @@ def run(function: str, folder: Path) -> dict[str, Any]:
 
 
 def forked(function: Callable[[], None]) -> int:
-    """Begin a child that runs a function again and again until it is killed."""
+    """Start a child process that repeats a function until it is killed."""
     child = os.fork()
     if child:
         return child
@@ -68,7 +68,7 @@ def kill(child: int) -> None:
 
 
 def load_while_another_process_replaces(folder: str) -> dict[str, Any]:
-    """Load for some seconds a model that is replaced as fast as files can be."""
+    """Load a model for some seconds while another process replaces it as fast as possible."""
     torch.set_num_threads(1)
     there = Path(folder, "there", "model.safetensors")
     for width in WIDTHS:
@@ -84,7 +84,7 @@ def load_while_another_process_replaces(folder: str) -> dict[str, Any]:
     child, seen, until = forked(replace), [], time.monotonic() + 5
     try:
         while time.monotonic() < until or len(seen) < 50:
-            seen.append(whole(there.parent))
+            seen.append(load_complete(there.parent))
     finally:
         kill(child)
     return {
@@ -95,7 +95,7 @@ def load_while_another_process_replaces(folder: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_load_sees_one_model_while_another_process_saves(tmp_path):
+def test_load_reads_one_complete_model_while_another_process_saves(tmp_path):
     found = run("load_while_another_process_replaces", tmp_path)
     print(found)
     assert found["widths"] == list(WIDTHS)
@@ -103,7 +103,7 @@ def test_load_sees_one_model_while_another_process_saves(tmp_path):
 
 
 def kill_at_random_moments(folder: str, kills: int = 60) -> dict[str, Any]:
-    """Kill processes that save two models in turn, and check the folder."""
+    """Kill processes that save models in turn, and check the folder after each."""
     torch.set_num_threads(1)
     rng, drafts, ends = random.Random(0), 0, []
     models = [made(width) for width in WIDTHS]
@@ -114,21 +114,21 @@ def kill_at_random_moments(folder: str, kills: int = 60) -> dict[str, Any]:
         time.sleep(rng.uniform(0, 0.15))
         kill(child)
         drafts += len(list(Path(folder).glob(".*.draft")))
-        ends.append(whole(Path(folder)))
+        ends.append(load_complete(Path(folder)))
         sma.save(models[0], folder)
         assert {path.name for path in Path(folder).iterdir()} == {"model.safetensors", "spec.yaml"}
     return {"kills": kills, "drafts": drafts, "ends": [ends.count(width) for width in WIDTHS]}
 
 
 @pytest.mark.slow
-def test_a_save_that_is_killed_leaves_a_whole_model_and_the_next_one_no_draft(tmp_path):
+def test_a_killed_save_leaves_a_complete_model_and_the_next_one_removes_its_draft(tmp_path):
     found = run("kill_at_random_moments", tmp_path)
     print(found)
     assert min(found["ends"]) > 0
     assert found["drafts"] > 0
 
 
-# Kills itself with the weights half written, at the place in the file that it is given.
+# Kills itself while it writes the weights into the given folder.
 DIES = """
 import os, signal, sys, sma, sma.checkpoint
 from pathlib import Path
@@ -140,7 +140,7 @@ sma.checkpoint.write_tensors = half
 sma.save(made(256), sys.argv[1])
 """
 
-# Stands still with the weights half written until it is told to go on.
+# Writes the draft of the weights and waits for a line of input before the draft replaces the model.
 WAITS = """
 import sys, sma, sma.checkpoint
 from tests.test_sma.test_checkpoint_races import made
@@ -155,13 +155,13 @@ sma.save(made(256), sys.argv[1])
 
 
 @pytest.mark.slow
-def test_the_next_save_removes_what_was_killed_and_spares_what_is_being_written(tmp_path):
+def test_the_next_save_removes_abandoned_drafts_and_keeps_drafts_in_use(tmp_path):
     sma.save(made(128), tmp_path)
     assert (
         subprocess.run([sys.executable, "-c", DIES, str(tmp_path)], cwd=ROOT, check=False).returncode == -signal.SIGKILL
     )
     (dead,) = tmp_path.glob(".*.draft")
-    assert whole(tmp_path) == 128
+    assert load_complete(tmp_path) == 128
     command = [sys.executable, "-c", WAITS, str(tmp_path)]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -171,12 +171,12 @@ def test_the_next_save_removes_what_was_killed_and_spares_what_is_being_written(
         assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "spec.yaml", live.name}
         process.communicate("\n")
     assert process.returncode == 0
-    assert whole(tmp_path) == 256
+    assert load_complete(tmp_path) == 256
     assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "spec.yaml"}
 
 
 @pytest.mark.slow
-def test_equal_runs_have_equal_bytes(tmp_path):
+def test_equal_runs_write_equal_bytes(tmp_path):
     code = "import sys, sma; from tests.test_sma.test_checkpoint_races import made; sma.save(made(128), sys.argv[1])"
     for seed in "12":
         environment = {**os.environ, "PYTHONHASHSEED": seed}

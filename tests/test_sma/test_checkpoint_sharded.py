@@ -1,4 +1,4 @@
-"""Models on two ranks: sharded weights are gathered, one rank writes, and where it fails all fail."""
+"""Models on two ranks: sharded weights are gathered and one rank writes; if it fails, all ranks raise."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ def made() -> sma.SequenceModel:
 
 
 def _run(rank: int, folder: str) -> None:
-    """Save a sharded model, and then one that is only data parallel, from one rank."""
+    """Save a sharded model from all ranks, and a data-parallel model from one rank."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -55,7 +55,7 @@ def _check(folder: str) -> None:
 
 
 @pytest.mark.slow
-def test_sharded_and_parallel_models_are_saved_as_the_whole(tmp_path: Path) -> None:
+def test_sharded_and_parallel_models_are_saved_completely(tmp_path: Path) -> None:
     root = Path(__file__).resolve().parents[2]
     program = f"import sys; sys.path.insert(0, {str(root)!r}); from {__name__} import main; main(sys.argv[1])"
     result = subprocess.run(

@@ -53,7 +53,7 @@ def routed(router: Router | None = None) -> SparseModularActivation:
     )
 
 
-def test_padding_is_never_active_even_if_a_router_forgets_it():
+def test_padding_is_never_active_even_if_a_router_activates_it():
     x, valid = normal(2, 4, WIDTH), torch.tensor([[True, False, True, True], [False] * 4])
     for capacity in (None, 2):
         output = routed(Edited())(x, valid=valid, capacity=capacity)
@@ -64,7 +64,7 @@ def test_padding_is_never_active_even_if_a_router_forgets_it():
 
 
 @pytest.mark.usefixtures("as_users_run")
-class TestBesideTheTokens:
+class TestOtherArguments:
     @pytest.mark.parametrize(
         ("options", "complaint"),
         [
@@ -118,7 +118,7 @@ class TestBesideTheTokens:
         with pytest.raises(InputError, match=exactly(complaint)):
             routed()(normal(2, 4, WIDTH), **options)
 
-    def test_tokens_of_another_width_than_the_router_reads(self):
+    def test_tokens_of_another_width_than_that_of_the_router(self):
         with pytest.raises(InputError, match=r"^the tokens are .* \(2, 4, 5\) .*; expected .* \(B, L, D = 4\)$"):
             routed()(normal(2, 4, 5))
 
@@ -144,7 +144,7 @@ class TestDtypes:
         with pytest.raises(InputError, match=exactly(f"the inputs {self.sentence}")):
             model(normal(*shape).float())
 
-    def test_parameters_of_several_dtypes_may_be_fed_with_either(self):
+    def test_parameters_of_several_dtypes_accept_tokens_of_each(self):
         mixed = nn.ModuleList([nn.Linear(1, 1).bfloat16(), nn.LayerNorm(1)])
         for dtype in (torch.bfloat16, torch.float32):
             check_dtype(mixed, torch.ones(1, dtype=dtype))
@@ -153,7 +153,7 @@ class TestDtypes:
         ):
             check_dtype(mixed, torch.ones(1).half())
 
-    def test_autocast_converts_by_itself_and_no_parameters_have_no_dtype(self):
+    def test_dtypes_are_not_checked_under_autocast_or_without_parameters(self):
         layer = make("seqboat", torch.float32)
         with torch.autocast("cpu", torch.bfloat16):
             assert layer(normal(2, 4, WIDTH).bfloat16()).hidden.isfinite().all()
@@ -195,7 +195,7 @@ class TestDecisions:
             ),
         ],
     )
-    def test_decision_about_something_else(self, changes, complaint):
+    def test_decision_that_does_not_fit(self, changes, complaint):
         with pytest.raises(InputError, match=exactly(complaint)):
             routed(Edited(**changes))(normal(2, 4, WIDTH))
 
@@ -227,7 +227,7 @@ class TestNames:
     ],
     ids=["alone", "in a layer"],
 )
-def test_a_part_of_somebody_else_that_looks_ahead_is_named(name: str, sentence: str) -> None:
+def test_a_third_party_part_that_looks_ahead_is_refused(name: str, sentence: str) -> None:
     class Ahead(nn.Module):
         causal = False
 
@@ -235,7 +235,7 @@ def test_a_part_of_somebody_else_that_looks_ahead_is_named(name: str, sentence: 
         check_causal(Ahead(), name)
 
 
-def test_a_part_says_itself_how_it_can_be_streamed() -> None:
+def test_a_part_may_define_how_it_can_be_streamed() -> None:
     class Ahead(nn.Module):
         causal = False
         to_stream = "set lookahead=0"
@@ -254,7 +254,7 @@ def test_a_part_says_itself_how_it_can_be_streamed() -> None:
         ("budget.calibrate", "sma.calibration.calibrate"),
     ],
 )
-def test_an_import_of_a_former_name_gives_the_present_one(name: str, present: str) -> None:
+def test_an_import_of_a_former_name_raises_an_error_with_the_present_one(name: str, present: str) -> None:
     module, _, attribute = f"sma.{name}".rpartition(".")
     with pytest.raises(ImportError, match=f"^sma.{name} is now {present}"):
         getattr(importlib.import_module(module), attribute)

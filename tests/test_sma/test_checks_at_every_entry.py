@@ -1,5 +1,6 @@
-"""NumPy arrays, lists and other dtypes at every public entry: accepted where that is safe, else named with the way to
-convert them.
+"""NumPy arrays, lists and other dtypes at every public entry point: accepted if safe, otherwise refused with a hint.
+
+The hint says how to convert them.
 """
 
 from collections.abc import Callable
@@ -41,7 +42,7 @@ DECISIONS = MODEL(IDS).decisions
 TOKENS = compress(X, VALID)
 CONTROLLER = BudgetController.of(MODEL, BudgetSpec(target=0.5))
 
-# What is called with one wrong value, and what that value should have been.
+# A call with one argument, and a valid value of that argument.
 TENSORS: dict[str, tuple[Callable[[Any], Any], Tensor]] = {
     "model inputs": (MODEL, IDS),
     "model valid": (lambda valid: MODEL(IDS, valid), VALID),
@@ -98,7 +99,7 @@ every_entry = pytest.mark.parametrize("entry", list(TENSORS))
 
 
 @every_entry
-def test_an_array_is_named_with_the_way_to_convert_it(entry):
+def test_an_array_is_refused_with_a_hint_how_to_convert_it(entry):
     call, right = TENSORS[entry]
     given = right.numpy()
     shape = ", ".join(map(str, given.shape)) + ("," if given.ndim == 1 else "")
@@ -111,9 +112,9 @@ def test_an_array_is_named_with_the_way_to_convert_it(entry):
 
 
 @every_entry
-def test_lists_texts_sparse_and_nested_tensors_are_named(entry):
+def test_lists_texts_sparse_and_nested_tensors_are_refused(entry):
     call, right = TENSORS[entry]
-    if entry != "calibrate inputs":  # there a list is a batch of inputs and mask
+    if entry != "calibrate inputs":  # for this entry a list is a batch of inputs and mask
         with pytest.raises(InputError, match=r"a list; expected a torch\.Tensor: write torch\.as_tensor\(x"):
             call(right.tolist())
     with pytest.raises(InputError, match="str"):
@@ -130,7 +131,7 @@ MASKS = [entry for entry in TENSORS if entry.endswith(("valid", "mask")) and not
 
 @pytest.mark.parametrize("entry", MASKS)
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.float32])
-def test_a_mask_of_numbers_says_how_to_make_booleans(entry, dtype):
+def test_a_mask_of_numbers_is_refused_with_a_hint_how_to_convert_it(entry, dtype):
     with pytest.raises(
         InputError,
         match=r"of shape .* and dtype torch\.\w+; expected a boolean tensor of shape .*: convert with \.bool\(\)$",
@@ -140,13 +141,13 @@ def test_a_mask_of_numbers_says_how_to_make_booleans(entry, dtype):
 
 @pytest.mark.parametrize("entry", MASKS)
 @pytest.mark.parametrize("shape", [(2, 4), (1, 5), (5,), (2, 5, 1)])
-def test_a_mask_of_another_shape_says_which_is_required(entry, shape):
+def test_a_mask_of_another_shape_is_refused_with_the_required_one(entry, shape):
     with pytest.raises(InputError, match=r"of shape \(.*\) and dtype torch\.bool; expected .* \(B = 2, L = 5\)$"):
         TENSORS[entry][0](torch.ones(shape, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("entry", ["layer tokens", "routed tokens"])
-def test_tokens_without_a_row_axis_say_which_shape_is_required(entry):
+def test_tokens_without_a_row_axis_are_refused_with_the_required_shape(entry):
     with pytest.raises(InputError, match=r"^the tokens are of shape \(5, 8\) .*; expected .* \(B, L, D(?: = 8)?\)$"):
         TENSORS[entry][0](X[0])
 
@@ -194,20 +195,20 @@ def test_ids_of_every_integer_dtype_are_looked_up(dtype):
         (torch.from_numpy(np.array([[2**63 + 5]], dtype=np.uint64)), 2**63 + 5),
     ],
 )
-def test_ids_out_of_range_are_told_as_they_were_given(ids, wrong):
+def test_ids_out_of_range_are_quoted_unchanged(ids, wrong):
     with pytest.raises(InputError, match=exactly(f"token id {wrong} is out of range; the vocabulary has ids 0 … 8")):
         MODEL(ids)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.complex64])
-def test_ids_of_another_dtype_say_how_to_convert_them(dtype):
+def test_ids_of_another_dtype_are_refused_with_a_hint_how_to_convert_them(dtype):
     required = f"dtype {dtype}; expected an integer tensor of shape (B, L): convert with .long()"
     with pytest.raises(InputError, match=exactly(f"token ids are of shape (2, 5) and {required}")):
         MODEL(IDS.to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool])
-def test_whole_numbers_where_floats_are_required_say_how_to_convert_them(dtype):
+def test_integers_in_place_of_floats_are_refused_with_a_hint_how_to_convert_them(dtype):
     for entry in ("numbers", "features", "layer tokens", "routed tokens"):
         call, right = TENSORS[entry]
         with pytest.raises(
@@ -230,7 +231,7 @@ def test_whole_numbers_where_floats_are_required_say_how_to_convert_them(dtype):
         lambda d: policy_gradient_loss(d, X[:, 0, 0]),
     ],
 )
-def test_functions_of_decisions_say_what_they_got(function):
+def test_functions_of_decisions_refuse_other_arguments(function):
     with pytest.raises(
         InputError, match=r"got a sma\.ModelOutput; .* one for each routed layer: give output\.decisions$"
     ):
@@ -245,7 +246,7 @@ def test_functions_of_decisions_say_what_they_got(function):
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_a_sub_module_given_a_batch_names_ragged_tokens(name):
+def test_a_sub_module_refuses_a_batch_in_place_of_ragged_tokens(name):
     part = SPECS[name].build(8)
     with pytest.raises(
         InputError,
@@ -288,7 +289,7 @@ def test_a_state_of_an_impossible_number_of_streams_device_or_dtype_is_refused(p
 
 
 @pytest.mark.parametrize("capacity", [np.int64(3), np.float32(0.5), torch.tensor(3), [3]], ids=repr)
-def test_a_capacity_that_is_no_plain_number_is_named(capacity):
+def test_a_capacity_that_is_not_a_plain_number_is_refused(capacity):
     cure = r"; it is a (numpy\.int64|numpy\.float32|torch\.Tensor|list).*: write int\(x\) or float\(x\)$"
     for call in (
         lambda: MODEL(IDS, capacity=capacity),
@@ -298,7 +299,7 @@ def test_a_capacity_that_is_no_plain_number_is_named(capacity):
             call()
 
 
-def test_a_capacity_of_compress_is_an_integer():
+def test_compress_refuses_a_capacity_that_is_not_an_integer():
     for wrong, problem in (
         (0.5, "capacity=0.5 is a float"),
         ("3", "capacity='3' is a str"),
@@ -322,12 +323,12 @@ def test_a_capacity_of_compress_is_an_integer():
         ({"top_p": None, "top_k": None, "tokens": None}, "tokens=None is None; expected an integer of at least 0"),
     ],
 )
-def test_settings_of_generate_that_are_no_numbers_are_named(settings, problem):
+def test_settings_of_generate_that_are_not_numbers_are_refused(settings, problem):
     with pytest.raises(InputError, match=exactly(problem)):
         generate(MODEL, IDS, **{"tokens": 1, **settings})
 
 
-def test_generate_says_which_model_it_needs():
+def test_generate_refuses_models_that_are_not_language_models():
     with pytest.raises(
         InputError,
         match=r"^SequenceModel does not score the next token; generate needs a model of kind language_model$",
@@ -339,6 +340,6 @@ def test_generate_says_which_model_it_needs():
         generate(torch.nn.Linear(2, 2), IDS, tokens=1)
 
 
-def test_rectangular_tokens_are_what_a_sub_module_takes():
+def test_a_sub_module_accepts_rectangular_tokens():
     part = ROUTED.submodules["attention"]
     assert part(rectangular(X))[0].shape == (10, 8)

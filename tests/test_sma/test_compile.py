@@ -1,4 +1,4 @@
-"""A compiled model equals the eager one; and the models of one device equal those of another."""
+"""A compiled model equals the eager one, and a model on a GPU equals the one on the CPU."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Activation rates by counting, and decisions that travel with their tokens."""
+"""Activation rates against counts, and decisions that move with their tokens."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def test_rate_without_a_mask_counts_every_token(valid):
     assert torch.equal(decision.rate(), decision.rate(torch.ones_like(valid)))
 
 
-def test_rate_ignores_what_is_active_at_padding():
+def test_rate_ignores_active_padding():
     active = torch.ones(1, 4, 2, dtype=torch.bool)
     assert _decision(active).rate(torch.tensor([[True, False, False, False]])).tolist() == [1.0, 1.0]
 
@@ -85,7 +85,7 @@ def test_a_mask_that_does_not_fit_is_refused(valid, problem, as_users_run):
 
 
 @given(valid=masks())
-def test_move_takes_every_field_along(valid):
+def test_move_reorders_every_field(valid):
     decision = _decision(_active(valid))
     order = torch.rand(valid.shape, generator=generator(5)).argsort(1)
     moved = decision.move(order)

@@ -56,7 +56,7 @@ layers:
 """
 
 
-def test_listops_has_the_parameters_of_the_paper():
+def test_listops_has_as_many_parameters_as_in_the_paper():
     spec = load_spec(SHIPPED / "seqboat_listops.yaml")
     assert spec.num_parameters() == 408_036
     assert sum(parameter.numel() for parameter in spec.build().parameters()) == 408_036
@@ -64,7 +64,7 @@ def test_listops_has_the_parameters_of_the_paper():
     assert load_spec(spec.model_dump(), overrides={"encoder.vocabulary": 21}).num_parameters() == 408_436
 
 
-def test_listops_drops_out_where_the_authors_do():
+def test_listops_has_the_dropout_of_the_authors():
     spec = load_spec(SHIPPED / "seqboat_listops.yaml")
     (layer,) = set(spec.layer_specs)
     assert (spec.embedding_dropout, layer.dropout, layer.dropout_on, spec.head_spec.dropout) == (
@@ -82,7 +82,7 @@ def test_description_of_listops():
 
 
 def _least(family: str, kind: str) -> dict[str, object]:
-    """A kind with nothing but what it requires."""
+    """A kind with its required fields only."""
     fields = kinds(family)[kind].model_fields
     return {
         "kind": kind,
@@ -127,7 +127,7 @@ def test_totals_are_those_of_the_spec_and_of_the_built_model(data, length, rate)
 
 
 @given(data=_models, length=st.integers(1, 300), rate=st.floats(0, 1))
-def test_each_group_of_layers_is_what_its_layer_predicts(data, length, rate):
+def test_each_group_of_layers_agrees_with_the_prediction_of_its_layer(data, length, rate):
     spec = load_spec(data)
     described = describe(spec, length=length, rate=rate)
     assert sorted(index for group in described.layers for index in group.indices) == list(range(len(spec.layer_specs)))
@@ -149,7 +149,7 @@ def test_a_description_fits_a_terminal(data):
     assert max(map(len, describe(load_spec(data), name="model").as_text().splitlines())) <= 100
 
 
-def test_alike_layers_are_one_entry_wherever_they_stand():
+def test_equal_layers_are_one_entry_at_any_index():
     described = describe(load_spec(read_yaml(HYBRID, "test")))
     assert [(group.indices, group.all.name) for group in described.layers] == [
         ((0, 2, 4), "layers 0, 2, 4"),
@@ -157,19 +157,19 @@ def test_alike_layers_are_one_entry_wherever_they_stand():
     ]
 
 
-def test_many_runs_of_layers_are_cut_in_the_table_only():
+def test_many_ranges_of_layers_are_truncated_in_the_table_only():
     described = describe(load_spec(read_yaml(HYBRID, "test"), overrides={"layers.repeat": 9}))
     assert "layers 0, 2, 4, ...  9 alike" in described.as_text()
     assert described.as_dict()["layers"][0]["layers"] == list(range(0, 18, 2))
 
 
-def test_runs_of_layers_are_ranges():
+def test_consecutive_layers_are_shown_as_ranges():
     block = read_yaml(HYBRID, "test")["layers"]["layer"]
     described = describe(load_spec(read_yaml(HYBRID, "test"), overrides={"layers.layer": [*block, block[1]]}))
     assert [group.all.name for group in described.layers] == ["layers 0, 3, 6", "layers 1-2, 4-5, 7-8"]
 
 
-def test_routers_that_fix_the_rate_keep_it():
+def test_routers_with_a_fixed_rate_keep_it():
     text = describe(load_spec(read_yaml(HYBRID, "test")), rate=0.1).as_text()
     assert "random (rate 0.5)" in text
     assert "(routers whose rate is shown: on that share)" in text

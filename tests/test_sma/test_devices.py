@@ -1,4 +1,4 @@
-"""Devices that work are returned; the error for others lists those that exist."""
+"""Available devices are returned; the error for others lists those that exist."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def test_a_model_is_loaded_onto_a_device(tmp_path, device):
 
 
 @pytest.mark.parametrize("device", ["meta", torch.device("meta")])
-def test_on_meta_a_model_has_sizes_and_no_weights(tmp_path, device):
+def test_a_model_loaded_on_meta_has_shapes_without_values(tmp_path, device):
     model = _model(dtype=torch.bfloat16)
     sma.save(model, tmp_path)
     loaded = sma.load(tmp_path, device=device).state_dict()
@@ -29,7 +29,7 @@ def test_on_meta_a_model_has_sizes_and_no_weights(tmp_path, device):
     }
 
 
-def test_a_model_is_loaded_wherever_torch_makes_tensors_now(tmp_path):
+def test_load_ignores_the_default_device_if_one_is_given(tmp_path):
     sma.save(_model(), tmp_path)
     with torch.device("meta"):
         loaded = sma.load(tmp_path, device="cpu")
@@ -55,7 +55,7 @@ CAUSAL = {
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_on_meta_a_model_with_a_capacity_runs_and_gives_the_shapes(masked):
+def test_a_model_with_a_capacity_runs_on_meta_and_gives_the_shapes(masked):
     inputs = torch.zeros(2, 9, dtype=torch.int64)
     valid = inputs == 0 if masked else None
     real = sma.build(CAUSAL, seed=0)(inputs, valid, capacity=4)
@@ -71,7 +71,7 @@ def test_on_meta_a_model_with_a_capacity_runs_and_gives_the_shapes(masked):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_on_meta_a_model_without_a_capacity_is_refused(masked, as_users_run):
+def test_a_model_without_a_capacity_is_refused_on_meta(masked, as_users_run):
     inputs = torch.zeros(2, 9, dtype=torch.int64, device="meta")
     with pytest.raises(
         InputError, match=r"^how many tokens are active is not known on the meta device; give a capacity, or load the"
@@ -86,7 +86,7 @@ if not torch.cuda.is_available():
 
 @pytest.mark.parametrize("device", UNUSABLE, ids=lambda device: str(device)[:9])
 @pytest.mark.filterwarnings("ignore:.*is no longer used as device type:UserWarning")
-def test_a_device_that_is_not_there_is_named_with_those_that_are(tmp_path, device, as_users_run):
+def test_the_error_for_a_missing_device_lists_the_available_ones(tmp_path, device, as_users_run):
     sma.save(_model(), tmp_path)
     with pytest.raises(
         CheckpointError, match=r"^the device .* cannot be used: .*; there are 'cpu'.*, 'meta' \(sizes without values\)$"
@@ -97,19 +97,19 @@ def test_a_device_that_is_not_there_is_named_with_those_that_are(tmp_path, devic
         usable_device(device)
 
 
-def test_no_device_is_where_torch_makes_tensors_now():
+def test_no_device_means_the_default_device_of_torch():
     with torch.device("meta"):
         assert usable_device(None).type == "meta"
 
 
 @pytest.mark.parametrize("length", [0, 1, 2, 7, 64, 65])
-def test_a_running_sum_by_doubling_is_the_running_sum(length):
+def test_a_running_sum_by_doubling_equals_cumsum(length):
     x = torch.randint(-9, 9, (3, length)).double()
     assert torch.equal(_sum_by_doubling(x), x.cumsum(-1))
     assert torch.equal(running_sum(x), x.cumsum(-1))
 
 
-def test_a_deterministic_running_sum_calls_no_operator_that_torch_refuses():
+def test_a_deterministic_running_sum_calls_no_nondeterministic_operator():
     x = torch.ones(3, 9, device="meta")
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)

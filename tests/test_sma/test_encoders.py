@@ -20,12 +20,12 @@ ENCODERS = pytest.mark.parametrize(
 )
 
 
-def test_these_tests_know_every_encoder():
+def test_every_encoder_is_tested():
     assert set(kinds("encoder")) == {case.values[0].kind for case in ENCODERS.args[1]}
 
 
 @ENCODERS
-def test_encoder_gives_every_position_a_vector_that_depends_on_it_alone(spec, inputs):
+def test_the_vector_of_a_position_depends_on_its_input_only(spec, inputs):
     encoder = spec.build(6)
     encoder.check(inputs)
     out = encoder(inputs)
@@ -37,7 +37,7 @@ def test_encoder_gives_every_position_a_vector_that_depends_on_it_alone(spec, in
 
 @ENCODERS
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
-def test_encoder_takes_no_row_and_no_position(spec, inputs, shape):
+def test_encoder_accepts_no_rows_and_no_positions(spec, inputs, shape):
     empty = inputs[: shape[0], : shape[1]]
     encoder = spec.build(6)
     encoder.check(empty)
@@ -159,16 +159,16 @@ class TestWrongInput:
             ),
         ],
     )
-    def test_is_named(self, spec, inputs, complaint):
+    def test_wrong_input_is_refused(self, spec, inputs, complaint):
         with pytest.raises(InputError, match=complaint):
             spec.build(3).check(inputs)
 
     @pytest.mark.parametrize("padding", [5, 100])
-    def test_padding_that_is_no_id(self, padding):
+    def test_padding_outside_the_vocabulary_is_refused(self, padding):
         with pytest.raises(SpecError, match=f"TokenEmbeddingSpec: padding={padding} must be one of the 5 ids, 0 … 4"):
             TokenEmbeddingSpec(vocabulary=5, padding=padding)
 
-    def test_kind_that_is_half_written(self):
+    def test_incomplete_kind_is_refused(self):
         class HalfSpec(EncoderSpec):
             kind: str = "half"
 

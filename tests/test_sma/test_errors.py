@@ -21,7 +21,7 @@ from sma.spec import FrozenDict
         (errors.CheckpointError, RuntimeError),
     ],
 )
-def test_every_error_is_ours_and_a_builtin_one(error, builtin):
+def test_every_error_derives_from_sma_error_and_a_builtin_one(error, builtin):
     assert issubclass(error, SmaError)
     assert issubclass(error, builtin)
     assert sma.SmaError is SmaError
@@ -44,7 +44,7 @@ def test_hint_names_the_nearest_known_word(word, known, listed, hint):
     assert did_you_mean(word, known, listed) == hint
 
 
-def test_a_word_that_is_no_text_is_hinted_too():
+def test_a_number_in_place_of_a_word_lists_the_known_ones():
     assert did_you_mean(str(3), ["conv"], "kinds") == "; kinds: conv"
 
 
@@ -62,13 +62,13 @@ def test_hint_takes_bounded_time_and_space(word, known):
     assert time.process_time() - began < 2
 
 
-def test_long_list_of_known_words_is_cut():
+def test_long_list_of_known_words_is_truncated():
     hint = did_you_mean("x", [f"{number:04d}" for number in range(1234)], "fields")
     assert hint.endswith("0048, 0049, … (1,234 in all)")
 
 
 def _shared(depth: int, container: type) -> Any:
-    """Nested containers of a few references, whose `repr` would have 2**depth items."""
+    """Nested containers with shared references, whose `repr` would have 2**depth items."""
     value: Any = "x"
     for _ in range(depth):
         value = {"a": value, "b": value} if container is dict else container((value, value))
@@ -90,7 +90,7 @@ def _shared(depth: int, container: type) -> Any:
     ],
     ids=["list", "tuple", "dict", "frozen", "text", "integer", "long", "deep", "bytes"],
 )
-def test_what_is_quoted_is_short_and_in_one_line(value):
+def test_quoted_values_are_short_and_on_one_line(value):
     quoted = quote(value)
     assert 0 < len(quoted) <= QUOTED
     assert "\n" not in quoted
@@ -115,7 +115,7 @@ def test_short_values_are_quoted_as_they_are(value):
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
 )
-def test_whatever_a_parser_raises_names_the_file(cause, why):
+def test_errors_of_a_parser_name_the_file(cause, why):
     with (
         pytest.raises(CheckpointError, match=f"a.bin cannot be read: {why}") as caught,
         parsing("a.bin", CheckpointError, "get it again"),
@@ -129,7 +129,7 @@ def test_whatever_a_parser_raises_names_the_file(cause, why):
 @pytest.mark.parametrize(
     "error", [DataError("ours"), KeyboardInterrupt(), SystemExit(3)], ids=lambda error: type(error).__name__
 )
-def test_own_errors_and_interruptions_pass_a_parser(error):
+def test_own_errors_and_interruptions_pass_through_a_parser(error):
     with pytest.raises(type(error)) as caught, parsing("a.bin", CheckpointError):
         raise error
     assert caught.value is error

@@ -1,4 +1,4 @@
-"""Estimates of memory: whatever does not fit is an error before anything is allocated."""
+"""Estimates of memory: a model or state that cannot fit raises an error before allocation."""
 
 import resource
 from collections.abc import Callable
@@ -32,7 +32,7 @@ def _spec(width: int = 8, vocabulary: int = 7, layers: Any = None, **gau: Any) -
 
 
 def _allocated(function: Callable[[], object]) -> int:
-    """Bytes by which the process has ever been larger than before."""
+    """Growth of the peak memory of the process, in bytes."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     function()
     return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
@@ -56,7 +56,7 @@ def _allocated(function: Callable[[], object]) -> int:
         pytest.param(lambda: load_spec({"kind": "layer_norm"}, "norm").build(10**12), id="norm"),
     ],
 )
-def test_a_model_that_cannot_fit_is_refused_before_it_is_made(build: Callable[[], object]) -> None:
+def test_a_model_that_cannot_fit_is_refused_before_allocation(build: Callable[[], object]) -> None:
     def refused() -> None:
         with pytest.raises(
             SpecError,
@@ -68,7 +68,7 @@ def test_a_model_that_cannot_fit_is_refused_before_it_is_made(build: Callable[[]
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_every_kind_predicts_what_it_takes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_kind_predicts_its_memory(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = SPECS[name]
     monkeypatch.setattr("sma.memory.ALWAYS_FITS", 0)
     monkeypatch.setattr("sma.memory.free_memory", lambda device=None: spec.num_parameters(8) * 4)
@@ -80,7 +80,7 @@ def test_every_kind_predicts_what_it_takes(name: str, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_what_is_predicted_of_a_model_is_what_it_takes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_predicted_memory_of_a_model_is_the_allocated_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     needed = sum(parameter.nbytes for parameter in MODELS[name].build().parameters())
     monkeypatch.setattr("sma.memory.ALWAYS_FITS", 0)
     monkeypatch.setattr("sma.memory.free_memory", lambda device=None: needed)
@@ -105,7 +105,7 @@ def test_bytes_follow_the_default_dtype(monkeypatch: pytest.MonkeyPatch) -> None
         torch.set_default_dtype(torch.float32)
 
 
-def test_a_model_without_memory_can_have_any_width() -> None:
+def test_a_model_on_meta_can_have_any_width() -> None:
     with torch.device("meta"):
         assert sma.build(_spec(width=10**6)).encoder.weight.shape == (7, 10**6)
 
@@ -144,7 +144,7 @@ WIDE = _spec(window=10**9, position={"kind": "rotary"})
         ),
     ],
 )
-def test_a_state_that_cannot_fit_is_refused_before_it_is_made(make: Callable[[], object], complaint: str) -> None:
+def test_a_state_that_cannot_fit_is_refused_before_allocation(make: Callable[[], object], complaint: str) -> None:
     def refused() -> None:
         with pytest.raises(InputError, match=rf"{complaint}.*; take fewer streams or a shorter window$"):
             make()
@@ -152,7 +152,7 @@ def test_a_state_that_cannot_fit_is_refused_before_it_is_made(make: Callable[[],
     assert _allocated(refused) < 1 << 28
 
 
-def test_a_state_without_memory_can_be_any_size() -> None:
+def test_a_state_on_meta_can_have_any_size() -> None:
     assert sma.build(WIDE).init_state(1, device="meta").num_bytes > 10**9
 
 
@@ -161,7 +161,7 @@ def test_a_number_of_streams_cannot_be_negative() -> None:
         sma.build(_spec()).init_state(-1)
 
 
-def test_states_are_checked_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_states_of_all_layers_are_checked_together(monkeypatch: pytest.MonkeyPatch) -> None:
     model = sma.build(_spec(layers={"repeat": 5, "layer": {"modules": {"a": GAU}}}))
     whole = model.init_state(3).num_bytes
     monkeypatch.setattr("sma.memory.ALWAYS_FITS", 0)
@@ -190,7 +190,7 @@ def test_generation_that_cannot_fit_is_refused_at_once(options: dict[str, int], 
         generate(model, torch.zeros(1, 3, dtype=torch.int64), tokens=5, **options)  # type: ignore[arg-type]
 
 
-def test_a_state_that_grew_with_its_prompt_is_checked_before_it_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_state_that_grew_with_its_prompt_is_checked_before_copying(monkeypatch: pytest.MonkeyPatch) -> None:
     model = sma.build(_spec(window=None), seed=0).eval()
     tokens = generate(model, torch.zeros(1, 999, dtype=torch.int64), tokens=5, samples=3)  # type: ignore[arg-type]
     monkeypatch.setattr("sma.memory.ALWAYS_FITS", 0)
@@ -202,6 +202,6 @@ def test_a_state_that_grew_with_its_prompt_is_checked_before_it_is_copied(monkey
         next(tokens)
 
 
-def test_generation_draws_as_many_tokens_as_one_likes() -> None:
+def test_generation_accepts_any_number_of_tokens() -> None:
     model = sma.build(_spec(), seed=0).eval()
     assert next(generate(model, torch.zeros(1, 3, dtype=torch.int64), tokens=10**30, top_k=10**30)).shape == (1,)  # type: ignore[arg-type]

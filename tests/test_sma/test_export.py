@@ -1,4 +1,4 @@
-"""An exported model is the model: other inputs, other batch sizes, saved and loaded."""
+"""An exported model equals the eager one on other inputs and batch sizes, after saving and loading."""
 
 import subprocess
 import sys
@@ -18,7 +18,7 @@ LAYERS = {"mixed": MIXED, **{name: {"module": KINDS[name]} for name in ("causal 
 
 
 def main(name: str, file: str) -> None:
-    """Export a model for any number of rows, and compare what comes out of the file with the model."""
+    """Export a model for any number of rows, and compare the loaded program with the model."""
     model = model_of(LAYERS[name]).eval()
     inputs, valid = batches()[0]
     rows = {0: Dim("rows", min=2, max=4096)}
@@ -40,7 +40,7 @@ def main(name: str, file: str) -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", [pytest.param(name, id=name) for name in LAYERS])
 def test_an_exported_model_equals_the_eager_one_on_other_batches(tmp_path, name):
-    # In a process of its own: the suite's shape checker wraps every function, and torch.export cannot look through it.
+    # In a separate process, because torch.export cannot trace the suite's shape checker.
     folder = Path(__file__).resolve().parents[2]
     command = [sys.executable, "-m", "tests.test_sma.test_export", name, str(tmp_path / "model.pt2")]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=580)

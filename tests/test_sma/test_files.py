@@ -1,4 +1,4 @@
-"""Files: no read blocks or is unbounded, and modes are those of the user."""
+"""Files: reads neither block nor are unbounded, and file modes follow the umask."""
 
 import errno
 import os
@@ -26,7 +26,7 @@ from sma.files import check_file, open_file, read_file, remove_drafts, write_ato
 @pytest.mark.parametrize(
     "read", [open_file, check_file, lambda path, error: read_file(path, 9, error)], ids=["open", "check", "read"]
 )
-def test_what_is_no_plain_file_is_named_at_once(tmp_path, monkeypatch, path, what, read):
+def test_a_path_that_is_not_a_plain_file_is_refused_without_blocking(tmp_path, monkeypatch, path, what, read):
     monkeypatch.chdir(tmp_path)
     os.mkfifo("fifo")
     with pytest.raises(CheckpointError, match=what):
@@ -41,7 +41,7 @@ def test_a_file_is_read_up_to_its_limit(tmp_path):
 
 
 def _replaces(path: Path) -> None:
-    """Write like safetensors: a private file, moved to the path."""
+    """Write as safetensors does: create a private file and move it to the path."""
     path.with_suffix(".own").touch(0o600)
     path.with_suffix(".own").replace(path)
 
@@ -85,7 +85,7 @@ class TestDrafts:
     @pytest.mark.parametrize(
         "clean", [remove_drafts, lambda folder: write_atomically(folder / "file", lambda path: path.write_text("new"))]
     )
-    def test_what_nobody_writes_is_removed_and_what_is_written_stays(self, tmp_path, clean):
+    def test_abandoned_drafts_are_removed_and_drafts_in_use_stay(self, tmp_path, clean):
         (tmp_path / ".file.0.draft").write_text("left by a killed process")
         seen = []
 
@@ -99,7 +99,7 @@ class TestDrafts:
         assert (tmp_path / "file").read_text() == "mine"
         assert _drafts(tmp_path) == set()
 
-    def test_drafts_of_other_files_and_what_is_none_stay(self, tmp_path):
+    def test_drafts_of_other_files_and_other_paths_stay(self, tmp_path):
         (tmp_path / ".other.0.draft").touch()
         (tmp_path / ".file.link.draft").symlink_to("/dev/zero")
         (tmp_path / ".file.folder.draft").mkdir()
@@ -120,7 +120,7 @@ class TestDrafts:
         remove_drafts(tmp_path)
         assert {path.name for path in tmp_path.iterdir()} == {"file"}
 
-    def test_a_draft_that_was_taken_for_abandoned_before_it_was_locked_is_made_anew(self, tmp_path, monkeypatch):
+    def test_a_draft_that_is_removed_before_it_is_locked_is_created_again(self, tmp_path, monkeypatch):
         lock, stolen = sma.files.lock_file, []
 
         def late(handle: int) -> bool | None:
@@ -134,7 +134,7 @@ class TestDrafts:
         assert len(stolen) == 1
         assert {path.name for path in tmp_path.iterdir()} == {"file"}
 
-    def test_a_file_that_may_only_be_read_is_replaced_and_stays_so(self, tmp_path, monkeypatch):
+    def test_a_read_only_file_is_replaced_and_stays_read_only(self, tmp_path, monkeypatch):
         (tmp_path / "file").touch()
         (tmp_path / "file").chmod(0o440)
         opened = Path.open

@@ -1,4 +1,4 @@
-"""The state of another model is an error, and is not changed."""
+"""The state of another model raises an error and is not changed."""
 
 from typing import Any
 
@@ -95,7 +95,7 @@ def model(
         (model(), model(repeat=2), r"LanguageModel got .*: layers 2 instead of 1; use init_state"),
     ],
 )
-def test_the_state_of_another_model_is_refused_and_unharmed(
+def test_the_state_of_another_model_is_refused_and_unchanged(
     mine: sma.SequenceModel, other: sma.SequenceModel, complaint: str
 ) -> None:
     ids = torch.randint(9, (2, 4))
@@ -108,7 +108,7 @@ def test_the_state_of_another_model_is_refused_and_unharmed(
     assert all(torch.equal(tensor, before[name]) for name, tensor in named_tensors(state).items())
 
 
-def test_an_id_outside_the_vocabulary_leaves_the_state_alone() -> None:
+def test_an_id_outside_the_vocabulary_never_changes_the_state() -> None:
     mine = model(a=GAU)
     state = mine.init_state(1)
     with pytest.raises(InputError, match="token id 9 is out of range; the vocabulary has ids 0 … 8"):
@@ -116,11 +116,15 @@ def test_an_id_outside_the_vocabulary_leaves_the_state_alone() -> None:
     assert int(state.seen) == 0
 
 
-def test_a_state_of_another_precision_is_used_and_keeps_its_own() -> None:
+def test_a_state_of_another_precision_can_be_used_and_keeps_it() -> None:
     mine = model(a=GAU)
     ids = torch.randint(9, (2, 7))
-    state = mine(ids[:, :4], state=mine.init_state(2, dtype=torch.float64)).state
+    given = mine.init_state(2, dtype=torch.float64)
+    state = mine(ids[:, :4], state=given).state
     assert state is not None
+    kept = {name: tensor.dtype for name, tensor in named_tensors(given).items()}
+    assert torch.float64 in kept.values()
+    assert {name: tensor.dtype for name, tensor in named_tensors(state).items()} == kept
     output = mine(ids[:, 4:], state=state)
     assert output.logits is not None
     whole = mine(ids).logits

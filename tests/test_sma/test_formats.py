@@ -1,4 +1,4 @@
-"""Weights under former names load everywhere; files of a newer version are an error."""
+"""Weights under former names can be loaded everywhere; files of a newer version raise an error."""
 
 import shutil
 from pathlib import Path
@@ -46,8 +46,8 @@ def _former_name(name: str) -> str:
     return name.replace(PRESENT, FORMER).replace(".in_proj.", ".fused.").replace(".out_proj.", ".out.")
 
 
-def test_only_names_that_the_model_lacks_are_former_ones() -> None:
-    """A sub-module that is called `router` may have an `offset` of its own; one may be called `out`."""
+def test_only_names_that_the_model_lacks_are_renamed() -> None:
+    """A sub-module named `router` may have its own `offset`, and a sub-module may be named `out`."""
     weights = _model().state_dict()
     kept, inside = "layers.0.routed.submodules.router.offset", "layers.0.routed.submodules.out.out_proj.weight"
     assert {kept, inside} <= set(weights)
@@ -59,12 +59,12 @@ def test_only_names_that_the_model_lacks_are_former_ones() -> None:
     assert renamed(["out.weight", "out_proj.weight"], ["out.weight", "out_proj.weight"]) == {}
 
 
-def test_a_parametrised_map_is_renamed_too() -> None:
+def test_a_parametrised_map_is_renamed() -> None:
     present = "attention.in_proj.parametrizations.weight.original0"
     assert renamed([present.replace("in_proj", "fused")], [present]) == {present.replace("in_proj", "fused"): present}
 
 
-def test_weights_under_another_module_are_renamed_too() -> None:
+def test_weights_inside_another_module_are_renamed() -> None:
     weights = {f"model.{name}": tensor for name, tensor in _former(_model().state_dict()).items()}
     rename(weights, _model().state_dict(), "model.")
     assert set(weights) == {f"model.{name}" for name in _model().state_dict()}
@@ -76,13 +76,13 @@ def test_torch_loads_weights_of_version_0(wrap: Any) -> None:
     loaded = wrap(sma.build(SPEC, seed=1))
     given = dict(weights)
     loaded.load_state_dict(weights)
-    assert weights == given  # what the caller holds is as it was
+    assert weights == given  # the mapping of the caller is unchanged
     for name, tensor in wrap(_model()).state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor)
 
 
 def _rewrite(folder: Path, version: str | None, former: bool = False) -> Path:
-    """The same model as another version wrote it."""
+    """The file of the same model as written by another version."""
     with open_tensors(folder / WEIGHTS) as file:
         tensors = {name: file.read(name, torch.device("cpu")) for name in file.entries}
         metadata = {name: text for name, text in file.metadata.items() if name != "format_version"}
@@ -121,7 +121,7 @@ def test_a_state_of_a_newer_version_is_refused(tmp_path: Path) -> None:
         sma.load_state(tmp_path / "state", model.init_state(1))
 
 
-def test_a_checkpoint_of_a_run_says_its_version_too() -> None:
+def test_a_checkpoint_of_a_newer_version_is_refused() -> None:
     check_format({}, "a checkpoint of version 0")
     check_format({"format_version": FORMAT}, "a checkpoint")
     with pytest.raises(CheckpointError, match=r"^a checkpoint has the format version '\d+', .*; upgrade sma$"):

@@ -1,4 +1,4 @@
-"""Generation draws from the distribution that recomputing the whole text gives, with every cut and setting."""
+"""Generation samples from the distribution of a model that recomputes the whole text, at every setting."""
 
 from typing import Any, cast
 
@@ -73,7 +73,7 @@ def test_padding_of_the_prompt_changes_no_token(model: LanguageModel, lengths: l
         assert torch.equal(found[row], texts(model, prompt[row : row + 1, mask], tokens=5, temperature=0.0)[0])
 
 
-def test_a_prompt_longer_than_a_chunk_is_read_as_one(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_read_in_chunks_gives_the_same_state(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     prompt, valid = torch.randint(11, (2, 25)), torch.rand(2, 25) < 0.5
     valid[:, 0] = True
     whole = read(model, prompt, valid)
@@ -83,7 +83,7 @@ def test_a_prompt_longer_than_a_chunk_is_read_as_one(model: LanguageModel, monke
     assert torch.equal(parts[1].seen, whole[1].seen)
 
 
-def test_samples_are_neighbours_and_differ(model: LanguageModel) -> None:
+def test_samples_of_a_prompt_are_adjacent_and_differ(model: LanguageModel) -> None:
     prompt = torch.randint(11, (2, 4))
     found = texts(model, prompt, tokens=30, samples=3, seed=1)
     assert found.shape == (6, 30)
@@ -92,20 +92,20 @@ def test_samples_are_neighbours_and_differ(model: LanguageModel) -> None:
     assert torch.equal(greedy, texts(model, prompt, tokens=10, temperature=0.0).repeat_interleave(3, 0))
 
 
-def test_the_same_seed_gives_the_same_text_and_another_another(model: LanguageModel) -> None:
+def test_the_same_seed_gives_the_same_text_and_another_seed_another_text(model: LanguageModel) -> None:
     prompt = torch.randint(11, (1, 4))
     first, again, other = (texts(model, prompt, tokens=40, seed=seed) for seed in (3, 3, 4))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
 
-def test_tokens_come_as_they_are_drawn(model: LanguageModel) -> None:
+def test_tokens_are_returned_one_at_a_time(model: LanguageModel) -> None:
     stream = generate(model, torch.randint(11, (1, 4)), tokens=10**9)
     assert [next(stream).shape for _ in range(3)] == [(1,)] * 3
 
 
 @given(scores=st.lists(st.floats(-5, 5), min_size=2, max_size=8, unique=True), data=st.data())
-def test_draws_keep_to_the_most_probable_tokens(scores: list[float], data: st.DataObject) -> None:
+def test_top_k_and_top_p_limit_the_drawn_tokens(scores: list[float], data: st.DataObject) -> None:
     logits = torch.tensor([scores], dtype=torch.float64)
     ranked = sorted(range(len(scores)), key=lambda token: -scores[token])
     top_k = data.draw(st.integers(1, len(scores)))

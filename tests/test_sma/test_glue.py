@@ -1,4 +1,4 @@
-"""The fused functions of a layer: those of the operators one by one, in outputs and gradients."""
+"""The fused functions of a layer equal the separate operators in outputs and gradients."""
 
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ def _leaves(*shapes: tuple[int, ...]) -> list[Tensor]:
 @pytest.mark.parametrize("passes", [False, True])
 @pytest.mark.parametrize("index", [None, [1, 3, 6], [0, 1, 2, 3, 4, 5, 6]], ids=["all", "some", "listed"])
 @pytest.mark.parametrize("holes", [0, 2])
-def test_the_end_of_a_layer_is_the_chain_of_operators(
+def test_the_end_of_a_layer_equals_the_chain_of_operators(
     silu: bool, passes: bool, index: list[int] | None, holes: int
 ) -> None:
     if index is None and holes:
@@ -57,7 +57,7 @@ def test_the_end_of_a_layer_is_the_chain_of_operators(
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
-def test_without_a_routed_token_the_residual_and_the_bypass_are_left() -> None:
+def test_without_a_routed_token_the_residual_and_the_bypass_remain() -> None:
     x, passed, confidence = _leaves((N, D), (N, D), (N,))
     for routed in (None, torch.zeros(0, D, dtype=torch.float64)):
         found = JoinParts.apply(x, passed, routed, confidence, (None, None, None), 0.0, False, True)
@@ -66,7 +66,7 @@ def test_without_a_routed_token_the_residual_and_the_bypass_are_left() -> None:
             torch.testing.assert_close(ours, theirs)
 
 
-def test_a_confidence_that_is_not_finite_stays_with_its_token() -> None:
+def test_a_non_finite_confidence_of_an_inactive_token_has_no_effect() -> None:
     x, routed = _leaves((N, D), (2, D))
     index = torch.tensor([4, 1])
     confidence = torch.full((N,), torch.nan, dtype=torch.float64)
@@ -81,7 +81,7 @@ def test_a_confidence_that_is_not_finite_stays_with_its_token() -> None:
     torch.testing.assert_close(grad, torch.zeros_like(grad).index_copy(0, index, routed.detach().sum(1)))
 
 
-def test_a_dropped_sum_keeps_the_residual_and_drops_the_gradient_alike() -> None:
+def test_a_dropped_sum_keeps_the_residual_and_drops_the_gradient_equally() -> None:
     x, passed = _leaves((400, D), (400, D))
     found = JoinParts.apply(x, passed, None, None, (None, None, None), 0.25, True, False)
     ratio = ((found - x) / passed).detach()
@@ -93,7 +93,7 @@ def test_a_dropped_sum_keeps_the_residual_and_drops_the_gradient_alike() -> None
 
 
 @pytest.mark.parametrize("all_run", [False, True])
-def test_dropped_results_leave_the_bypass_and_drop_the_gradients_alike(all_run: bool) -> None:
+def test_dropped_results_keep_the_bypass_and_drop_the_gradients_equally(all_run: bool) -> None:
     size = 400
     index = torch.arange(size) if all_run else torch.randperm(size, generator=torch.Generator().manual_seed(0))[:300]
     x, passed, routed, confidence = _leaves((size, D), (size, D), (len(index), D), (size,))
@@ -109,13 +109,13 @@ def test_dropped_results_leave_the_bypass_and_drop_the_gradients_alike(all_run: 
 
 
 @pytest.mark.parametrize("index", [[3, 1, 6], [0, 1, 2, 3, 4, 5, 6], [5]], ids=str)
-def test_values_added_at_their_tokens_are_those_of_index_add(index: list[int]) -> None:
+def test_values_added_at_their_tokens_equal_index_add(index: list[int]) -> None:
     x, values, where = normal(N, D), normal(len(index), D, seed=1), torch.tensor(index)
     found = glue.add_at(x.float(), values, slots_of(where, None, N))
     assert torch.equal(found, x.float().double().index_add(0, where, values))
 
 
-def test_dropped_silu_has_the_gradient_of_what_was_kept() -> None:
+def test_dropped_silu_has_the_gradient_of_the_kept_elements() -> None:
     (x,) = _leaves((400, D))
     found = SiluDropout.apply(x, 0.25)
     kept = (found != 0).detach()
@@ -126,7 +126,7 @@ def test_dropped_silu_has_the_gradient_of_what_was_kept() -> None:
 
 
 @pytest.mark.parametrize("channels", [1, D])
-def test_rms_norm_is_that_of_torch(channels: int) -> None:
+def test_rms_norm_equals_that_of_torch(channels: int) -> None:
     x, weight = _leaves((2, N, D), (channels,))
     found = RMSNormFunction.apply(x, weight, 1e-5)
     wanted = nn.functional.rms_norm(x, (D,), None, 1e-5) * weight
@@ -136,7 +136,7 @@ def test_rms_norm_is_that_of_torch(channels: int) -> None:
 
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("lengths", [[5, 0, 3], [1, 0, 0], [0, 0, 0], None], ids=str)
-def test_batch_norm_is_that_of_the_operators_one_by_one(
+def test_batch_norm_equals_the_separate_operators(
     monkeypatch: pytest.MonkeyPatch, affine: bool, lengths: list[int] | None
 ) -> None:
     x = normal(3, 5, D).requires_grad_()
@@ -220,7 +220,7 @@ OPERATORS = [
 
 
 @pytest.mark.parametrize(("operator", "arguments"), OPERATORS)
-def test_operators_keep_the_rules_of_torch(operator: Fused, arguments: tuple[Any, ...]) -> None:
+def test_operators_pass_the_checks_of_torch(operator: Fused, arguments: tuple[Any, ...]) -> None:
     torch.library.opcheck(operator.operator, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -250,7 +250,7 @@ WITH_GRADIENTS = [
 
 
 @pytest.mark.parametrize(("function", "arguments"), WITH_GRADIENTS)
-def test_a_fused_function_has_the_results_and_gradients_of_the_one_as_written(
+def test_a_fused_function_has_the_results_and_gradients_of_the_eager_one(
     monkeypatch: pytest.MonkeyPatch, function: FusedWithGradient, arguments: tuple[Any, ...]
 ) -> None:
     found = []
@@ -259,7 +259,7 @@ def test_a_fused_function_has_the_results_and_gradients_of_the_one_as_written(
         given = [each.clone().requires_grad_() if is_real(each) else each for each in arguments]
         leaves = [each for each in given if is_real(each)]
         results = function(*given)
-        # Also one result after the other, the gradients of the others then being 0.
+        # Also each result separately, with zero gradients of the others.
         parts = [_gradients(function(*given)[place], leaves) for place in range(len(results))]
         both = torch.cat([result.flatten() for result in results])
         found.append([*(each for part in parts for each in part), *_gradients(both, leaves)])
@@ -268,7 +268,7 @@ def test_a_fused_function_has_the_results_and_gradients_of_the_one_as_written(
 
 
 @pytest.mark.parametrize(("function", "arguments"), WITH_GRADIENTS)
-def test_fused_functions_with_gradients_keep_the_rules_of_torch(
+def test_fused_functions_with_gradients_pass_the_checks_of_torch(
     function: FusedWithGradient, arguments: tuple[Any, ...]
 ) -> None:
     grads = [torch.ones_like(result) for result in function.function(*arguments)]
@@ -291,7 +291,7 @@ def test_a_fused_function_has_no_second_derivative(monkeypatch: pytest.MonkeyPat
         torch.autograd.grad(q.sum(), projected, create_graph=True)
 
 
-def test_a_function_that_cannot_be_compiled_runs_as_written_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_function_that_cannot_be_compiled_runs_eagerly_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*arguments: Any) -> Any:
         raise RuntimeError("no compiler")
 
@@ -302,7 +302,7 @@ def test_a_function_that_cannot_be_compiled_runs_as_written_with_one_warning(mon
     assert run(torch.ones(1), 2).item() == 3
 
 
-def test_a_function_without_memory_is_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_function_that_ran_out_of_memory_is_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = [torch.OutOfMemoryError("no memory"), torch.tensor([5.0])]
 
     def sometimes(*arguments: Any) -> Any:
@@ -318,7 +318,7 @@ def test_a_function_without_memory_is_compiled_again(monkeypatch: pytest.MonkeyP
     assert run(torch.ones(1), 2).item() == 5
 
 
-def test_wrong_arguments_of_a_compiled_function_do_not_switch_it_off(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_arguments_of_a_compiled_function_never_disable_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.compile", lambda function, **options: function)
     run = Compiled(torch.add)
     with pytest.raises(RuntimeError, match="must match the size"):
@@ -329,5 +329,5 @@ def test_wrong_arguments_of_a_compiled_function_do_not_switch_it_off(monkeypatch
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_compiled_functions_equal_those_as_written(tmp_path: Path) -> None:
+def test_compiled_functions_equal_the_eager_ones(tmp_path: Path) -> None:
     assert_equal_if_compiled("glue", tmp_path)

@@ -1,4 +1,4 @@
-"""Heads: their formulas and initialisation."""
+"""Formulas and initialisation of heads."""
 
 import math
 
@@ -18,13 +18,13 @@ HEADS = pytest.mark.parametrize(
 )
 
 
-def test_these_tests_know_every_head():
+def test_every_head_is_tested():
     assert set(kinds("head")) == {spec.values[0].kind for spec in HEADS.args[1]}
 
 
 @HEADS
 @pytest.mark.parametrize("rows", [0, 1, 3])
-def test_every_row_is_scored_by_itself(spec, rows):
+def test_every_row_is_scored_independently(spec, rows):
     head, pooled = spec.build(5).eval(), normal(rows, 5, dtype=torch.float32)
     scores = head(pooled)
     assert scores.shape == (rows, spec.classes)
@@ -41,7 +41,7 @@ def test_mlp_is_linear_gelu_linear_without_bias():
     assert head.outer.bias is None
 
 
-def test_mlp_starts_xavier_uniform():
+def test_initial_weights_of_the_mlp_are_xavier_uniform():
     head = MeanPoolMLPSpec(hidden=300, classes=100).build(200)
     for linear in (head.inner, head.outer):
         bound = math.sqrt(6 / sum(linear.weight.shape))
@@ -64,7 +64,7 @@ def test_mlp_drops_before_the_gelu_in_training_only():
     torch.testing.assert_close(seen[1], torch.nn.functional.gelu(inner))
 
 
-def test_half_written_kind_is_named():
+def test_incomplete_kind_is_refused():
     class HalfSpec(HeadSpec):
         kind: str = "half"
 

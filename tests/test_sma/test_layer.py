@@ -1,6 +1,4 @@
-"""A routed layer against a loop over its tokens, and the laws of dense limits, precision, causality and
-recomputation.
-"""
+"""A routed layer against a loop over its tokens; dense limits, precision, causality and recomputation."""
 
 import functools
 
@@ -38,7 +36,7 @@ def test_layer_equals_the_loop_over_its_tokens(name, valid):
 
 
 @layers
-def test_gradients_are_those_of_the_loop(name):
+def test_gradients_agree_with_the_loop(name):
     layer, x = make(name), normal(3, 6, WIDTH, seed=1).requires_grad_()
     valid = torch.rand(3, 6, generator=generator(2)) < 0.7
     inputs = [x, *layer.parameters()]
@@ -51,8 +49,8 @@ def test_gradients_are_those_of_the_loop(name):
     torch.testing.assert_close(found, expected)
 
 
-def test_loop_sees_tokens_that_are_on_and_off():
-    """The cases above need tokens with different decisions."""
+def test_layers_have_active_and_inactive_tokens():
+    """The cases above are meaningful only if decisions differ between tokens."""
     for name in ("seqboat", "causal seqboat", "several modules", "no bypass", "bare"):
         rates = make(name)(normal(3, 7, WIDTH, seed=1)).decision.rate()
         assert ((rates > 0) & (rates < 1)).all(), name
@@ -75,10 +73,8 @@ def test_loop_sees_tokens_that_are_on_and_off():
         )
     ],
 )
-def test_an_always_active_module_is_a_dense_layer(module):
-    """Two specs of one function: routed with confidence 1 and without a bypass, or the backbone of a layer without
-    routing.
-    """
+def test_an_always_active_module_equals_a_dense_layer(module):
+    """A module routed with confidence 1 without a bypass equals the backbone of a layer without routing."""
     routed = LayerSpec(router={"kind": "always"}, modules={"module": module}, bypass="none").build(WIDTH).double()
     dense = LayerSpec(backbone=module, backbone_activation="none", bypass="identity").build(WIDTH).double()
     spread(routed)
@@ -88,7 +84,7 @@ def test_an_always_active_module_is_a_dense_layer(module):
     torch.testing.assert_close(routed(batch).hidden, dense(batch).hidden)
 
 
-def test_a_layer_that_never_routes_is_the_bypass_alone():
+def test_a_layer_that_never_routes_equals_its_bypass():
     never, alone = make("seqboat", router={"kind": "never"}), make("seqboat", modules={})
     weights = {name: tensor for name, tensor in never.state_dict().items() if not name.startswith("routed.")}
     alone.load_state_dict(weights)
@@ -103,7 +99,7 @@ def test_gradient_check_in_float64_through_router_compaction_modules_and_combine
     valid = torch.tensor([[True] * 5, [False, True, True, False, True]])
     decision = layer(x, valid).decision
     margin = (decision.p_on - 0.5).abs()[valid].min()
-    assert margin > 1e-4  # a tie would be a step, and a step has no derivative
+    assert margin > 1e-4  # the result is not differentiable at ties
     assert decision.active.any()
     assert not decision.active[valid].all()
     assert torch.autograd.gradcheck(lambda x, *parameters: layer(x, valid).hidden[valid], [x, *layer.parameters()])
@@ -159,7 +155,7 @@ def test_no_input_is_changed(name):
 
 
 @layers
-def test_input_that_is_not_contiguous_gives_the_same(name):
+def test_input_that_is_not_contiguous_gives_the_same_result(name):
     layer, x, valid = make(name), normal(2, 6, WIDTH), torch.rand(2, 6, generator=generator(2)) < 0.7
     for other, mask in zip(strided(x), strided(valid), strict=True):
         torch.testing.assert_close(layer(other, mask).hidden[valid], layer(x, valid).hidden[valid])
@@ -170,8 +166,8 @@ def test_input_that_is_not_contiguous_gives_the_same(name):
     ("name", "changes", "junk"),
     [
         pytest.param("causal seqboat", {}, 1e4, id="seqboat"),
-        # Attention reads what is masked with a weight of 0, and 0 x NaN is NaN; recurrences and inactive tokens leave
-        # no trace.
+        # Attention multiplies masked values by a weight of 0, and 0 x NaN is NaN; recurrences and inactive tokens
+        # have no such effect.
         pytest.param("causal seqboat", {}, torch.nan, id="seqboat, NaN that routes nowhere"),
         pytest.param("causal seqboat", {"router": {"kind": "always"}}, 1e4, id="seqboat, always active"),
         pytest.param("no modules", {}, 1e4, id="attention"),
@@ -189,7 +185,7 @@ def test_a_causal_layer_never_looks_ahead(name, changes, junk):
 
 
 @pytest.mark.parametrize("name", ["seqboat", "several modules", "no bypass"])
-def test_a_layer_that_looks_ahead_says_so(name):
+def test_a_layer_that_looks_ahead_has_causal_false(name):
     assert not make(name).causal
 
 
@@ -225,18 +221,18 @@ class TestDropout:
         layer = LayerSpec.model_validate(spec).build(64).train(training)
         return layer(torch.ones(8, 64, 64)).hidden
 
-    def test_drops_the_modules_results(self):
+    def test_it_drops_the_results_of_modules(self):
         # x + bypass + dropped module
         values = self._values(True, bypass="identity")
         assert set(values.unique().tolist()) == {2.0, 4.0}
         assert (values == 2).double().mean().item() == pytest.approx(0.5, abs=0.02)
 
-    def test_or_their_sum_with_the_bypass(self):
+    def test_it_drops_the_sum_of_results_and_bypass(self):
         # x + dropped (bypass + module)
         values = self._values(True, bypass="identity", dropout_on="sum")
         assert set(values.unique().tolist()) == {1.0, 5.0}
 
-    def test_drops_the_backbones_result(self):
+    def test_it_drops_the_result_of_the_backbone(self):
         values = self._values(
             True, bypass="identity", backbone={"kind": "identity"}, backbone_activation="none", modules={}
         )
@@ -244,7 +240,7 @@ class TestDropout:
 
     @pytest.mark.parametrize("dropout_on", ["modules", "sum"])
     @pytest.mark.parametrize("name", ["seqboat", "several modules", "no bypass"])
-    def test_gradient_is_that_of_the_same_drawn_mask(self, name, dropout_on):
+    def test_gradient_uses_the_same_mask_as_forward(self, name, dropout_on):
         layer, x = make(name, dropout=0.3, dropout_on=dropout_on).train(), normal(2, 5, WIDTH).requires_grad_()
 
         def run(values: Tensor) -> Tensor:
@@ -256,7 +252,7 @@ class TestDropout:
         assert torch.autograd.gradcheck(run, [x])
 
     @pytest.mark.parametrize("dropout_on", ["modules", "sum"])
-    def test_drops_nothing_in_evaluation(self, dropout_on):
+    def test_it_drops_nothing_in_evaluation(self, dropout_on):
         assert self._values(False, bypass="identity", dropout_on=dropout_on).unique().tolist() == [3.0]
 
 
@@ -304,7 +300,7 @@ class TestSpec:
         with pytest.raises(SpecError, match=complaint):
             LayerSpec.model_validate(fields)
 
-    def test_macs_of_a_layer_are_those_of_its_parts(self):
+    def test_macs_of_a_layer_are_the_sum_of_its_parts(self):
         spec = LayerSpec.model_validate(LAYERS["several modules"])
         one, two = (
             spec.macs(WIDTH, 10, 0.5),
@@ -319,15 +315,15 @@ class TestSpec:
         with_backbone = spec.replace(backbone=backbone).macs(WIDTH, 10, 0.5)
         assert with_backbone.matmul == one.matmul + backbone.macs(WIDTH, 10).matmul
 
-    def test_bypass_starts_small(self):
+    def test_initial_bypass_is_small(self):
         layer = LayerSpec().build(300)
         assert layer.bypass.weight.abs().max() <= 0.04
-        # 0.02 cut at 2 standard deviations.
+        # 0.02, truncated at 2 standard deviations.
         assert layer.bypass.weight.std().item() == pytest.approx(0.0176, abs=0.0005)
         assert not layer.bypass.bias.any()
 
 
-def test_gradients_reach_everything_that_ran():
+def test_gradients_reach_every_parameter():
     layer = make("several modules")
     output = layer(normal(3, 9, WIDTH))
     assert (output.decision.rate() > 0).all()

@@ -1,4 +1,4 @@
-"""The linear bypass that also gathers the routed tokens: equal to its two plain operators."""
+"""The linear bypass, which also gathers the routed tokens, equals its two separate operators."""
 
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +25,7 @@ def make(dtype: torch.dtype = torch.float64) -> LinearBypass:
 
 
 def plain(bypass: LinearBypass, x_TD: Tensor, places: Callable[[], Places]) -> tuple[Tensor, Tensor]:
-    """The two operators by themselves."""
+    """The two separate operators."""
     return nn.functional.linear(x_TD, bypass.weight, bypass.bias), x_TD.index_select(0, places().index)
 
 
@@ -50,7 +50,7 @@ def results(program: Any, bypass: LinearBypass, x: Tensor, index: Tensor, weight
     seed=st.integers(0, 99),
     weights=st.sampled_from([(1.0, 1.0), (1.0, 0.0), (0.0, 1.0)]),
 )
-def test_outputs_and_gradients_are_those_of_the_two_operators(
+def test_outputs_and_gradients_equal_those_of_the_two_operators(
     tokens: int, rate: float, seed: int, weights: tuple[float, float]
 ) -> None:
     bypass, x = make(), normal(tokens, WIDTH, seed=seed)
@@ -62,7 +62,7 @@ def test_outputs_and_gradients_are_those_of_the_two_operators(
 
 
 @pytest.mark.parametrize("which", [0, 1])
-def test_an_output_that_nobody_uses_costs_nothing_of_the_gradient(which: int) -> None:
+def test_an_unused_output_leaves_the_gradient_of_the_other_complete(which: int) -> None:
     bypass, index = make(), torch.tensor([3, 1])
     leaves = [normal(5, WIDTH).requires_grad_() for _ in range(2)]
     incoming = normal(*bypass(leaves[0], lambda: Places(index, None))[which].shape, seed=6)
@@ -81,7 +81,7 @@ def test_bypass_passes_gradcheck(indices: list[int]) -> None:
     assert torch.autograd.gradcheck(program, (x, bypass.weight, bypass.bias))
 
 
-def test_gradients_that_come_in_are_not_changed() -> None:
+def test_incoming_gradients_are_never_changed() -> None:
     bypass, x, index = make(), normal(5, WIDTH).requires_grad_(), torch.tensor([0, 2])
     incoming = [normal(5, WIDTH, seed=4), normal(2, WIDTH, seed=5)]
     kept = [tensor.clone() for tensor in incoming]
@@ -93,8 +93,8 @@ def test_gradients_that_come_in_are_not_changed() -> None:
     assert all(torch.equal(one, other) for one, other in zip(incoming, kept, strict=True))
 
 
-def test_both_outputs_are_tensors_of_their_own() -> None:
-    """In-place changes of the outputs reach neither the tokens nor the gradients."""
+def test_both_outputs_have_separate_memory() -> None:
+    """In-place changes of the outputs change neither the tokens nor the gradients."""
     bypass, x, index = make(), normal(5, WIDTH).requires_grad_(), torch.arange(5)
     wanted = results(plain, bypass, x, index, (1.0, 1.0))[2:]
     mapped, routed = bypass(x, lambda: Places(index, None))
@@ -105,7 +105,7 @@ def test_both_outputs_are_tensors_of_their_own() -> None:
     assert torch.equal(x.detach(), kept)
 
 
-def test_tokens_that_are_not_contiguous_give_the_same() -> None:
+def test_tokens_that_are_not_contiguous_give_the_same_outputs() -> None:
     bypass, index = make(), torch.tensor([1, 3])
     x = normal(WIDTH, 5).T
     assert not x.is_contiguous()
@@ -115,7 +115,7 @@ def test_tokens_that_are_not_contiguous_give_the_same() -> None:
 
 
 @pytest.mark.parametrize("graph", [False, True], ids=["no_grad", "grad"])
-def test_autocast_gives_what_the_two_operators_give(graph: bool) -> None:
+def test_autocast_gives_the_outputs_of_the_two_operators(graph: bool) -> None:
     bypass, x, index = make(torch.float32), normal(5, WIDTH, dtype=torch.float32), torch.tensor([1, 3])
     with torch.set_grad_enabled(graph), torch.autocast("cpu", dtype=torch.bfloat16):
         for ours, theirs in zip(
@@ -153,7 +153,7 @@ def test_an_inverse_gives_the_gradients_of_the_index(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_autocast_leaves_float64_as_it_is(monkeypatch: pytest.MonkeyPatch, fused: bool) -> None:
+def test_autocast_keeps_float64(monkeypatch: pytest.MonkeyPatch, fused: bool) -> None:
     monkeypatch.setattr("sma.bypass.fuses", lambda tensor: fused)
     bypass, x, index = make(), normal(5, WIDTH).requires_grad_(), torch.tensor([1, 3])
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -161,7 +161,7 @@ def test_autocast_leaves_float64_as_it_is(monkeypatch: pytest.MonkeyPatch, fused
     torch.testing.assert_close(mapped, nn.functional.linear(x, bypass.weight, bypass.bias), rtol=1e-12, atol=1e-12)
 
 
-def test_second_derivatives_under_autocast_are_those_of_the_operators_or_refused(
+def test_second_derivatives_under_autocast_equal_the_operators_or_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def penalty() -> Tensor:

@@ -1,6 +1,4 @@
-"""Every part of a model is called as a module: hooks run, once a forward pass, and a part can be compiled or
-checkpointed by itself.
-"""
+"""Every part of a model is called as a module: hooks run once per pass, and parts can be compiled or checkpointed."""
 
 from collections import Counter
 from dataclasses import replace
@@ -41,10 +39,10 @@ NOBODY = {"router": {"kind": "never"}}
 
 
 def _called(model: nn.Module) -> Counter[str]:
-    """Count the calls of every module of a model from now on, as hooks before and after see them."""
+    """Count the later calls of every module of a model by hooks before and after the call."""
     calls: Counter[str] = Counter()
     for name, part in model.named_modules():
-        # A list of modules is no module that is called, and norms without a batch have no more parts.
+        # Containers of modules are never called.
         if isinstance(part, nn.ModuleList | nn.ModuleDict):
             continue
         part.register_forward_pre_hook(
@@ -65,7 +63,7 @@ def _once_each(model: nn.Module) -> Counter[str]:
     "changes", [pytest.param({}, id="some tokens active"), pytest.param(NOBODY, id="no token active")]
 )
 @pytest.mark.parametrize("mode", ["training", "evaluation", "padding on the left", "one step", "capacity"])
-def test_hooks_of_every_part_run_once_a_forward_pass(mode, changes):
+def test_hooks_of_every_part_run_once_per_forward_pass(mode, changes):
     model = build({**CLASSIFIER, "layers": [{**layer, **changes} for layer in CLASSIFIER["layers"]]}, seed=0)
     model.train(mode == "training")
     x, options = normal(3, 5, 2, dtype=torch.float32), {}
@@ -92,7 +90,7 @@ def test_the_embedding_is_called_once_for_the_vectors_and_once_for_the_tied_scor
     assert calls["encoder >"] == 3
 
 
-def test_a_hook_for_all_modules_sees_a_sub_module_without_active_tokens():
+def test_global_hooks_run_for_a_sub_module_without_active_tokens():
     model, seen = build({**CLASSIFIER, "layers": [{**CAUSAL, **NOBODY}]}, seed=0).eval(), []
     handle = register_module_forward_hook(lambda part, args, output: seen.append(part))
     try:
@@ -105,7 +103,7 @@ def test_a_hook_for_all_modules_sees_a_sub_module_without_active_tokens():
 
 @layers
 @pytest.mark.parametrize("training", [True, False])
-def test_what_a_hook_was_shown_is_not_changed_afterwards(name, training):
+def test_tensors_passed_to_a_hook_never_change_afterwards(name, training):
     layer = make(name, dropout=0.3).train(training)
     shown: list[tuple[str, Tensor, Tensor]] = []
 
@@ -120,7 +118,7 @@ def test_what_a_hook_was_shown_is_not_changed_afterwards(name, training):
     assert [part for part, tensor, before in shown if not torch.equal(tensor, before)] == []
 
 
-def test_a_hook_can_replace_what_goes_into_a_layer_and_what_comes_out():
+def test_a_hook_can_replace_the_inputs_and_outputs_of_a_layer():
     model, x = build(CLASSIFIER, seed=0).eval(), normal(3, 5, 2, dtype=torch.float32)
     changed = normal(3, 5, WIDTH, seed=1, dtype=torch.float32)
     wanted = model.layers[1](changed).hidden
@@ -135,7 +133,7 @@ def test_a_hook_can_replace_what_goes_into_a_layer_and_what_comes_out():
         torch.testing.assert_close(hidden, wanted)
 
 
-def test_ablating_a_sub_module_by_a_hook_leaves_bypass_and_residual():
+def test_ablating_a_sub_module_by_a_hook_keeps_bypass_and_residual():
     layer, x = make("seqboat"), normal(2, 6, WIDTH)
     decision = layer(x).decision
     assert decision.active.any()
@@ -146,7 +144,7 @@ def test_ablating_a_sub_module_by_a_hook_leaves_bypass_and_residual():
 
 
 @layers
-def test_a_batch_that_is_aligned_already_gives_what_the_layer_makes_of_the_mask(name):
+def test_ragged_tokens_in_place_of_the_mask_give_the_same_result(name):
     layer, x = make(name), normal(3, 6, WIDTH)
     lengths = torch.tensor([6, 2, 4])
     valid = torch.arange(6) < lengths[:, None]
@@ -178,7 +176,7 @@ def _results(model: SequenceModel, x: Tensor, valid: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("part", ["layers.0", "layers.1", "layers.0.backbone", "layers.0.routed.submodules.mlp"])
-def test_a_checkpoint_wrapper_around_a_part_runs_it_again_in_backward_and_changes_nothing(part):
+def test_a_checkpoint_wrapper_around_a_part_recomputes_it_and_changes_nothing(part):
     model, x, valid = (
         build(CLASSIFIER, seed=0).double(),
         normal(3, 9, 2),
@@ -199,7 +197,7 @@ def test_a_checkpoint_wrapper_around_a_part_runs_it_again_in_backward_and_change
     torch.testing.assert_close(found, wanted)
 
 
-def test_recomputation_reaches_a_layer_inside_of_a_wrapper():
+def test_recomputation_reaches_a_layer_inside_a_wrapper():
     model = build(CLASSIFIER, seed=0)
     layer = model.layers[0]
     model.layers[0] = checkpoint_wrapper(layer)

@@ -1,4 +1,4 @@
-"""Padding of a layer's batch: on any side it changes no valid token, gradient or other row."""
+"""Padding on any side of a batch of a layer changes no valid token, gradient or other row."""
 
 import pytest
 import torch
@@ -56,7 +56,7 @@ def test_padding_never_changes_a_gradient(name, side, fill):
 
 
 @layers
-def test_a_rows_result_does_not_depend_on_the_other_rows(name):
+def test_the_result_of_a_row_never_depends_on_the_other_rows(name):
     layer, x = make(name), normal(3, 6, WIDTH)
     valid = torch.rand(3, 6, generator=generator(2)) < 0.7
     changed = torch.stack([x[0], -1e3 * x[1], x[2].fill_(7.0)])
@@ -77,8 +77,8 @@ def test_a_batch_without_a_valid_token_gives_zero_gradients_not_none(name, shape
 
 
 @sides
-def test_decision_is_returned_in_the_original_places(side):
-    """A marker token is the only one that is routed, for padding on any side."""
+def test_decision_is_returned_at_the_original_positions(side):
+    """The router selects a marker token only, so its position in the decision is known for padding on any side."""
     layer = LayerSpec(modules=FrozenDict(skip={"kind": "identity"}), bypass="identity").build(WIDTH).double()
     router = layer.routed.router
     assert isinstance(router, SMARouter)
@@ -103,7 +103,7 @@ def test_random_routers_draw_by_position_so_left_padding_changes_nothing():
         torch.testing.assert_close(output.hidden[valid], alone.hidden[0])
 
 
-def test_batch_norm_in_a_layer_sees_the_valid_tokens_only():
+def test_batch_norm_in_a_layer_counts_the_valid_tokens_only():
     layer = make("seqboat", norm={"kind": "batch_norm", "momentum": 1.0}).train()
     batch, valid = pad(_valid_rows(), "left", fill=1e4)
     layer(batch, valid)
@@ -112,7 +112,7 @@ def test_batch_norm_in_a_layer_sees_the_valid_tokens_only():
 
 
 @sides
-def test_batch_norm_after_the_residual_sees_the_valid_tokens_only(side):
+def test_batch_norm_after_the_residual_counts_the_valid_tokens_only(side):
     layer = make("seqboat", norm={"kind": "batch_norm", "place": "post", "affine": False, "epsilon": 1e-12}).train()
     batch, valid = pad(_valid_rows(), side, fill=1e4)
     tokens = layer(batch, valid).hidden[valid]

@@ -44,7 +44,7 @@ def test_whole_equals_chunked_equals_step_by_step(spec: dict[str, Any], plan: Pl
 @layers
 @pytest.mark.parametrize("active", ["as drawn", "always"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e4])
-def test_a_broken_row_never_touches_another(name: str, bad: float, active: str) -> None:
+def test_a_non_finite_row_never_changes_another(name: str, bad: float, active: str) -> None:
     if active == "always" and "modules" not in LAYERS[name]:
         pytest.skip("nothing is routed")
     layer = make(name, **({"router": {"kind": "always"}} if active == "always" else {}))
@@ -107,7 +107,7 @@ class TestRefusals:
             ):
                 call()
 
-    def test_state_out_of_that_of_a_model_which_counts_no_tokens(self) -> None:
+    def test_state_from_inside_a_model_which_counts_no_tokens(self) -> None:
         layer = make("causal seqboat")
         sentence = (
             "RoutedLayer got a state without a token count, such as a part of the state of a layer or a model; "
@@ -124,7 +124,7 @@ class TestRefusals:
             ("bare", {"backbone": {"kind": "conv"}}, "['backbone', 'routed']", "['routed']"),
         ],
     )
-    def test_state_of_a_layer_of_other_parts(self, mine: str, other: dict[str, Any], has: str, needs: str) -> None:
+    def test_state_of_a_layer_with_other_parts(self, mine: str, other: dict[str, Any], has: str, needs: str) -> None:
         layer, x = make(mine), normal(2, 3, WIDTH)
         for one, another, found, wanted in (
             (layer, make(mine, **other), has, needs),

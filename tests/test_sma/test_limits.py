@@ -1,4 +1,4 @@
-"""The limits of docs/execution.md raise errors, and never give silently wrong results."""
+"""The limits in docs/execution.md raise errors instead of giving silently wrong results."""
 
 from collections.abc import Callable
 from typing import Any
@@ -44,7 +44,7 @@ TRANSFORMS: dict[str, Callable[[torch.nn.Module, dict[str, torch.Tensor]], objec
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("transform", TRANSFORMS)
-def test_what_does_not_work_raises(transform: str, as_users_run: None) -> None:
+def test_unsupported_transforms_raise(transform: str, as_users_run: None) -> None:
     model = sma.build(SPEC, seed=0)
     with pytest.raises((RuntimeError, torch.fx.proxy.TraceError, sma.SmaError)):
         TRANSFORMS[transform](model, dict(model.named_parameters()))

@@ -58,7 +58,7 @@ def test_describe_prints_the_table(listops, capsys):
     assert _run(capsys, "describe", "seqboat_listops", "--length", "512", "--rate", "0.1") == (0, f"{table}\n", "")
 
 
-def test_describe_says_which_implementation_runs_on_a_device_and_why(capsys):
+def test_describe_shows_which_implementation_runs_on_a_device_and_why(capsys):
     status, text, _ = _run(capsys, "describe", "seqboat_listops", "--device", "cpu")
     assert status == 0
     lines = text.partition("operators on cpu:\n")[2].splitlines()
@@ -74,14 +74,14 @@ def test_describe_says_which_implementation_runs_on_a_device_and_why(capsys):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_describe_refuses_a_device_that_is_not_there(capsys):
+def test_describe_refuses_a_missing_device(capsys):
     status, _, error = _run(capsys, "describe", "seqboat_listops", "--device", "cuda")
     assert status != 0
     assert "the device 'cuda' cannot be used" in error
 
 
 @pytest.mark.parametrize("name", shipped("specs"))
-def test_every_shipped_spec_is_valid_and_described_as_built(name, capsys):
+def test_every_preset_is_valid_and_described_as_built(name, capsys):
     status, out, err = _run(capsys, "validate", name)
     assert (status, err) == (0, "")
     assert out.startswith(f"ok: {name} is a model: a ")
@@ -89,7 +89,7 @@ def test_every_shipped_spec_is_valid_and_described_as_built(name, capsys):
     assert described["built"]["parameters"] == described["total"]["parameters"]
 
 
-def test_json_holds_the_same_numbers_exactly(listops, capsys):
+def test_json_contains_the_same_numbers_exactly(listops, capsys):
     spec = listops
     data = json.loads(_run(capsys, "describe", "seqboat_listops", "--json", "--length", "777", "--rate", "0.1")[1])
     assert (data["name"], data["kind"], data["width"], data["length"], data["rate"]) == (
@@ -108,14 +108,14 @@ def test_json_holds_the_same_numbers_exactly(listops, capsys):
     assert attention["macs"] == spec.layer_specs[0].modules["attention"].macs(80, 78).total
 
 
-def test_build_says_what_was_built(causal, capsys):
+def test_build_prints_a_summary_of_the_model(causal, capsys):
     assert _run(capsys, "describe", "seqboat_listops", "--build")[1].endswith(
         "\n\nBuilt with 408,036 parameters, as predicted; 1.6 MB in float32; not causal: a token may see later ones.\n"
     )
     assert _run(capsys, "describe", str(causal), "--build")[1].endswith("as predicted; 0.0 MB in float32; causal.\n")
 
 
-def test_a_wrong_prediction_is_found_by_building(listops, monkeypatch, capsys):
+def test_building_detects_a_wrong_prediction(listops, monkeypatch, capsys):
     monkeypatch.setattr(type(listops), "num_parameters", lambda self: 7)
     status, _, err = _run(capsys, "validate", "seqboat_listops")
     assert (status, err) == (
@@ -124,7 +124,7 @@ def test_a_wrong_prediction_is_found_by_building(listops, monkeypatch, capsys):
     )
 
 
-def test_values_are_set_before_validation(capsys):
+def test_settings_are_applied_before_validation(capsys):
     words = (
         "--set",
         "layers.repeat=2",
@@ -258,7 +258,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("words", "sentence"), MISTAKES)
-def test_a_mistake_is_answered_with_a_sentence_and_status_2(words, sentence, capsys, tmp_path, monkeypatch):
+def test_a_mistake_gives_an_error_message_and_status_2(words, sentence, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("list.yaml").write_text("[1, 2]")
     Path("broken.yaml").write_text("a: [")
@@ -270,7 +270,7 @@ def test_a_mistake_is_answered_with_a_sentence_and_status_2(words, sentence, cap
     assert err.splitlines()[-1].startswith(f"error: {sentence}")
 
 
-def test_every_wrong_field_has_a_sentence_of_its_own(capsys):
+def test_every_wrong_field_has_a_separate_message(capsys):
     err = _run(capsys, "validate", "seqboat_listops", "--set", "width=0", "--set", "head.dropout=2")[2]
     first, second = err.splitlines()
     assert "width=0 must be at least 1" in first
@@ -287,13 +287,13 @@ def test_without_a_command_the_help_is_shown(capsys):
     ("word", "shown"),
     [pytest.param("--version", "sma ", id="version"), pytest.param("--help", "usage: sma", id="help")],
 )
-def test_version_and_help_end_well(word, shown, capsys):
+def test_version_and_help_exit_with_status_0(word, shown, capsys):
     with pytest.raises(SystemExit, match="0"):
         main([word])
     assert capsys.readouterr().out.startswith(shown)
 
 
-def test_memory_that_is_not_there_is_a_sentence(listops, monkeypatch, capsys):
+def test_missing_memory_gives_an_error_message(listops, monkeypatch, capsys):
     def fail(self):
         raise RuntimeError("can't allocate memory: 1 EB\nsecond line")
 
@@ -302,7 +302,7 @@ def test_memory_that_is_not_there_is_a_sentence(listops, monkeypatch, capsys):
     assert err == "error: the model of 408,036 parameters cannot be built: can't allocate memory: 1 EB\n"
 
 
-def test_interruption_is_quiet(monkeypatch, capsys):
+def test_interruption_exits_silently_with_status_130(monkeypatch, capsys):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
@@ -310,7 +310,7 @@ def test_interruption_is_quiet(monkeypatch, capsys):
     assert _run(capsys, "kinds") == (130, "", "")
 
 
-def test_warnings_are_one_line(monkeypatch, capsys):
+def test_warnings_are_printed_on_one_line(monkeypatch, capsys):
     def warn(*_, **__):
         warnings.warn("the plugin 'x' of y could not be imported", stacklevel=1)
         return ""
@@ -338,7 +338,7 @@ def test_kind_prints_the_fields(words, capsys):
 
 
 @pytest.mark.parametrize("family", families())
-def test_schema_is_json_and_knows_every_kind(family, capsys):
+def test_schema_is_json_and_contains_every_kind(family, capsys):
     status, out, _ = _run(capsys, "schema", family)
     schema = json.loads(out)
     assert status == 0
@@ -346,18 +346,18 @@ def test_schema_is_json_and_knows_every_kind(family, capsys):
     assert {f"{name}:{kind}" for name in families() for kind in kinds(name)} <= set(schema["$defs"])
 
 
-# As a program
+# Run as a program
 
 PROGRAM = [sys.executable, "-m", "sma"]
 
 
-def test_it_runs_from_any_folder(listops, tmp_path):
+def test_the_command_runs_from_any_folder(listops, tmp_path):
     table = describe(listops, name="seqboat_listops").as_text()
     result = subprocess.run([*PROGRAM, "describe", "seqboat_listops"], cwd=tmp_path, capture_output=True, text=True)
     assert (result.returncode, result.stdout, result.stderr) == (0, f"{table}\n", "")
 
 
-def test_a_reader_that_goes_away_is_no_error():
+def test_a_closed_pipe_gives_no_error_message():
     read, write = os.pipe()
     os.close(read)
     result = subprocess.run([*PROGRAM, "kinds"], stdout=write, stderr=subprocess.PIPE, text=True)
@@ -366,12 +366,12 @@ def test_a_reader_that_goes_away_is_no_error():
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, which is always full")
-def test_a_full_disk_is_a_sentence():
+def test_a_full_disk_gives_an_error_message():
     with open("/dev/full", "w") as full:
         result = subprocess.run([*PROGRAM, "kinds"], stdout=full, stderr=subprocess.PIPE, text=True)
     assert (result.returncode, result.stderr) == (1, "error: cannot write the output: No space left on device\n")
 
 
-def test_shipped_specs_are_those_in_the_folder():
+def test_presets_are_the_files_in_the_folder():
     assert shipped("specs") == sorted(path.stem for path in SHIPPED.glob("*.yaml"))
     assert all(read_spec_file(path)["kind"] for path in SHIPPED.glob("*.yaml"))

@@ -1,4 +1,4 @@
-"""The command line on experiments and sweeps, and on sizes that no machine has."""
+"""The command line on experiments and sweeps, and on sizes that fit on no machine."""
 
 import time
 from pathlib import Path
@@ -67,7 +67,7 @@ def experiments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ),
     ],
 )
-def test_an_experiment_is_validated_as_one(words, answer, capsys):
+def test_experiments_and_sweeps_are_validated_as_such(words, answer, capsys):
     status, out, err = _run(capsys, "validate", *words)
     assert (status, err) == (0, "")
     assert out.startswith(answer)
@@ -107,7 +107,7 @@ def test_an_experiment_is_validated_as_one(words, answer, capsys):
         ),
     ],
 )
-def test_a_wrong_experiment_is_answered_with_a_sentence(words, complaint, capsys):
+def test_a_wrong_experiment_gives_an_error_message(words, complaint, capsys):
     status, out, err = _run(capsys, "validate", *words)
     assert (status, out) == (2, "")
     assert err.startswith(complaint)
@@ -121,7 +121,7 @@ def test_the_model_of_an_experiment_is_described(capsys):
     )
 
 
-def test_repeating_a_layer_costs_nothing(capsys):
+def test_validating_10000_repeated_layers_is_fast(capsys):
     began = time.process_time()
     status, out, _ = _run(capsys, "validate", "seqboat_listops", "--set", "layers.repeat=10000")
     assert (status, out) == (
@@ -132,7 +132,7 @@ def test_repeating_a_layer_costs_nothing(capsys):
     assert time.process_time() - began < 10
 
 
-def test_many_listed_layers_are_counted_as_they_stand(tmp_path, capsys):
+def test_many_listed_layers_are_counted_like_the_built_model(tmp_path, capsys):
     layers = ", ".join(["{modules: {a: {kind: conv}}}", "{norm: {kind: rms_norm}}", "{}"] * 30)
     (tmp_path / "long.yaml").write_text(
         f"{{kind: sequence_encoder, width: 4, encoder: {{kind: real_number}}, layers: [{layers}]}}"
@@ -171,7 +171,7 @@ def test_many_listed_layers_are_counted_as_they_stand(tmp_path, capsys):
     ],
     ids=str,
 )
-def test_impossible_sizes_are_answered_in_short_sentences(words, complaint, capsys):
+def test_impossible_sizes_give_short_error_messages(words, complaint, capsys):
     command = "describe" if words[0] != "--set" else "validate"
     status, out, err = _run(capsys, command, "seqboat_listops", *words)
     assert (status, out) == (2, "")

@@ -1,6 +1,4 @@
-"""The commands of `sma` that train: what they take, what they refuse, and that the recipes' own functions are behind
-them.
-"""
+"""The training commands of `sma`: their arguments, their errors, and that they call the functions of the recipes."""
 
 from pathlib import Path
 
@@ -10,12 +8,12 @@ from sma.__main__ import EXPERIMENTS, main
 from sma.recipes.experiment import load_experiment
 from sma.recipes.io.presets import shipped
 from sma.recipes.training.single_run import TASKS
-from tests.processes import Ended, Without, run_programs, run_without
+from tests.forks import run_fork, run_without
 from tests.test_sma.test_main import _run
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_help_of_every_command_is_the_same_everywhere(name, capsys):
+def test_help_of_every_command_has_the_same_form(name, capsys):
     with pytest.raises(SystemExit, match="0"):
         main([name, "--help"])
     shown = capsys.readouterr().out
@@ -33,17 +31,15 @@ HEAVY = {
 
 @pytest.mark.slow
 def test_help_imports_nothing_heavy(tmp_path):
-    names = ["", *EXPERIMENTS, "describe"]
-    programs = [
+    (tmp_path / "program.py").write_text(
         "import sys; from sma.__main__ import main\n"
-        f"try: main({[*([name] if name else []), '--help']!r})\n"
+        "try: main()\n"
         f"finally: print(*sorted(sys.modules.keys() & {HEAVY!r}), file=sys.stderr)"
-        for name in names
-    ]
-    done = run_programs([(program, tmp_path) for program in programs], tmp_path)
-    assert {name: (each.returncode, each.stderr) for name, each in zip(names, done, strict=True)} == dict.fromkeys(
-        names, (0, "\n")
     )
+    for name in ("", *EXPERIMENTS, "describe"):
+        words = [*([name] if name else []), "--help"]
+        done = run_fork("program", *words, folder=tmp_path, cwd=tmp_path, imported=("sma",))
+        assert (name, done.returncode, done.stderr) == (name, 0, "\n")
 
 
 def test_every_task_with_a_preset_can_be_trained():
@@ -73,7 +69,7 @@ def test_every_task_with_a_preset_can_be_trained():
         ),
         pytest.param(
             ["train", "listops", "--preset", "pape"],
-            "the task 'listops' has no preset 'pape'; its presets are tiny, paper\n",
+            "the task 'listops' has no preset 'pape'; its presets are tiny, binary, paper\n",
             id="preset",
         ),
         pytest.param(
@@ -138,7 +134,7 @@ def test_every_task_with_a_preset_can_be_trained():
         ),
     ],
 )
-def test_a_mistake_is_one_message_and_status_2(words, message, capsys, tmp_path, monkeypatch):
+def test_a_mistake_gives_one_message_and_status_2(words, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     status, out, err = _run(capsys, *words)
     assert (status, out) == (2, "")
@@ -147,7 +143,7 @@ def test_a_mistake_is_one_message_and_status_2(words, message, capsys, tmp_path,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_ignored_variable_of_the_environment_is_named(capsys, monkeypatch):
+def test_an_ignored_environment_variable_is_reported(capsys, monkeypatch):
     monkeypatch.setenv("SMA_PRESET", "paper")
     assert _run(capsys, "train", "--spec", "x.yaml")[2] == (
         "error: --spec has its own task and training; leave --preset (from the variable SMA_PRESET) out\n"
@@ -155,7 +151,7 @@ def test_an_ignored_variable_of_the_environment_is_named(capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_an_extra_that_is_missing_is_one_message(tmp_path):
+def test_a_missing_extra_gives_one_message(tmp_path):
     cases = [
         (["train", "digits"], ["pydantic_settings"], "recipes"),
         (["train", "digits"], ["lightning"], "recipes"),
@@ -163,16 +159,17 @@ def test_an_extra_that_is_missing_is_one_message(tmp_path):
         (["compare", "digits"], ["matplotlib"], "recipes"),
         (["generate", "run"], ["pydantic_settings", "lightning"], "recipes"),
         (["sweep", "digits"], ["ray"], "tune"),
-        (["sweep", "digits"], ["pydantic_settings", "lightning", "ray"], "tune"),  # in the core
+        (["sweep", "digits"], ["pydantic_settings", "lightning", "ray"], "tune"),  # in the core dependencies
     ]
     core = ["pydantic_settings", "lightning", "torchmetrics", "rich", "ray", "optuna"]
     sweep = str(Path("tune", "presets", "listops_tiny.yaml").resolve())
-    others = [Without(core, "sma", words) for words in (["--help"], ["validate", "listops_tiny"], ["validate", sweep])]
-    *done, helped, experiment, swept = run_without(
-        [*(Without(blocked, "sma", words) for words, blocked, _ in cases), *others], tmp_path
+    done = [run_without(blocked, "sma", *words, folder=tmp_path) for words, blocked, _ in cases]
+    helped, experiment, swept = (
+        run_without(core, "sma", *words, folder=tmp_path)
+        for words in (["--help"], ["validate", "listops_tiny"], ["validate", sweep])
     )
     assert done == [
-        Ended(
+        (
             2,
             "",
             f"error: sma {words[0]} needs the extra {extra!r}, but its package {blocked[0]} is not installed; "
@@ -182,7 +179,7 @@ def test_an_extra_that_is_missing_is_one_message(tmp_path):
     ]
     assert (experiment.returncode, experiment.stderr) == (0, "")
     assert experiment.stdout.startswith("ok: listops_tiny is an experiment of ")
-    assert swept == Ended(
+    assert swept == (
         2,
         "",
         f"error: {sweep!r} is a sweep, which needs the extra 'tune', but its package optuna is not installed; "
@@ -192,7 +189,7 @@ def test_an_extra_that_is_missing_is_one_message(tmp_path):
     assert "    train " in helped.stdout
 
 
-def test_trains_and_evaluates_from_the_command_line(capsys, tmp_path):
+def test_the_command_line_trains_and_evaluates(capsys, tmp_path):
     here = ["--data", str(tmp_path / "data"), "--accelerator", "cpu", "--no-progress"]
     run = tmp_path / "run"
     status, out, err = _run(capsys, "train", "digits", "--out", str(run), *FEW, *here)
@@ -241,7 +238,7 @@ def test_control_c_names_the_command_that_resumes_a_comparison(capsys, tmp_path,
     assert (status, err) == (130, f"interrupted; resume with: sma compare --resume '{tmp_path}/a b' --jobs 2\n")
 
 
-def test_control_c_before_anything_began_names_no_folder(capsys, tmp_path, monkeypatch):
+def test_control_c_before_the_start_names_no_folder(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("sma.recipes.tasks.digits.DigitsTask.prepare", _interrupt)
     monkeypatch.chdir(tmp_path)
     assert _run(capsys, "train", "digits")[::2] == (130, "interrupted\n")

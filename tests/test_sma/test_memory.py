@@ -1,4 +1,4 @@
-"""Memory: free memory by every bound, and errors before allocation."""
+"""Free memory under every limit, and errors before allocation."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ GIB = 1 << 30
 
 
 def _system(root: Path, files: dict[str, str]) -> Path:
-    """A tree of the kernel's files about memory."""
+    """A folder with the files in which the kernel reports memory."""
     for name, text in {"proc/meminfo": "MemAvailable: 9437184 kB\nSwapFree: 1048576 kB\n", **files}.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,11 +60,11 @@ def _system(root: Path, files: dict[str, str]) -> Path:
         ),
     ],
 )
-def test_least_bound_of_the_system_counts(tmp_path, files, free):
+def test_the_lowest_limit_of_the_system_applies(tmp_path, files, free):
     assert min(_main_memory(_system(tmp_path, files))) == free
 
 
-def test_limits_of_the_process_count(tmp_path):
+def test_limits_of_the_process_apply(tmp_path):
     import resource
 
     before = resource.getrlimit(resource.RLIMIT_AS)
@@ -76,14 +76,14 @@ def test_limits_of_the_process_count(tmp_path):
     assert (1 << 50) - (1 << 20) in bounds
 
 
-def test_this_machine_says_what_is_free():
+def test_this_machine_reports_free_memory():
     free = free_memory("cpu")
     assert free is not None
     assert ALWAYS_FITS < free < 1 << 60
     assert free_memory("meta") is None
 
 
-def test_what_does_not_fit_is_refused_with_both_numbers(monkeypatch):
+def test_an_allocation_that_does_not_fit_is_refused_with_both_numbers(monkeypatch):
     monkeypatch.setattr("sma.memory.free_memory", lambda device=None: 5 * GIB)
     check_memory(5 * GIB, "the model")
     with pytest.raises(
@@ -96,7 +96,7 @@ def test_what_does_not_fit_is_refused_with_both_numbers(monkeypatch):
         check_memory(6 * GIB, "the state", error=InputError, hint="take fewer rows")
 
 
-def test_nothing_is_refused_where_nothing_is_allocated(monkeypatch):
+def test_nothing_is_refused_if_nothing_is_allocated(monkeypatch):
     monkeypatch.setattr("sma.memory.free_memory", lambda device=None: 0)
     check_memory(GIB, "the model", device="meta")
     with torch.device("meta"):
@@ -107,21 +107,21 @@ def test_nothing_is_refused_where_nothing_is_allocated(monkeypatch):
         check_memory(GIB, "the model")
 
 
-def test_small_things_are_never_asked_about(monkeypatch):
+def test_small_allocations_are_never_refused(monkeypatch):
     monkeypatch.setattr("sma.memory.free_memory", lambda device=None: 0)
     check_memory(ALWAYS_FITS, "the model")
 
 
 @pytest.mark.parametrize("bits", [63, 64, 1000, 50_000])
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_sizes_that_no_tensor_has_are_refused_everywhere(bits, device):
+def test_sizes_beyond_those_of_a_tensor_are_refused_on_every_device(bits, device):
     with pytest.raises(
         SpecError, match=r"^the model needs about 10\^\d+ bytes, more than any machine can address; make it smaller$"
     ):
         check_memory(1 << bits, "the model", device=device)
 
 
-def test_where_nobody_knows_what_is_free_nothing_is_refused(monkeypatch):
+def test_nothing_is_refused_if_free_memory_is_unknown(monkeypatch):
     monkeypatch.setattr("sma.memory.free_memory", lambda device=None: None)
     check_memory(1 << 50, "the model")
 
@@ -133,7 +133,7 @@ def test_bytes_are_written_exactly(count, text):
     assert format_bytes(count) == text
 
 
-def test_zeros_of_a_state_are_refused_before_they_are_made():
+def test_zeros_of_a_state_are_refused_before_allocation():
     assert zeros((2, 3), "the state", dtype=torch.int64).tolist() == [[0, 0, 0], [0, 0, 0]]
     with pytest.raises(
         InputError, match=r"^the state needs 8,000,000,000,000,000 bytes \(7,450,580\.6 GiB\), and .* are free"

@@ -35,7 +35,7 @@ def test_model_equals_the_loop_over_its_rows(name, valid):
 
 
 @models
-def test_gradients_are_those_of_the_loop(name):
+def test_gradients_agree_with_the_loop(name):
     model, inputs, valid = make_model(name), inputs_of(name, 3, 6), torch.rand(3, 6, generator=generator(2)) < 0.7
     hidden, pooled = oracles.model(model, inputs, valid)
     output = model(inputs, valid)
@@ -99,7 +99,7 @@ def test_pooled_is_the_mean_over_the_valid_tokens_and_zero_for_a_row_without_one
         )
 
 
-def test_no_layer_sees_what_the_one_before_left_at_padding():
+def test_every_layer_gets_zeros_at_padding():
     model, valid = make_model("classifier"), torch.rand(3, 6, generator=generator(2)) < 0.6
     seen = []
     for layer in model.routed_layers:
@@ -208,14 +208,14 @@ class TestBuild:
     @pytest.mark.parametrize(
         "journey", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
     )
-    def test_a_model_can_be_copied_and_sent_to_another_process(self, name, journey):
+    def test_a_model_can_be_copied_and_pickled(self, name, journey):
         model, inputs = make_model(name), inputs_of(name, 2, 6)
         other = journey(model)
         assert other.spec == model.spec
         assert torch.equal(other(inputs).hidden, model(inputs).hidden)
 
     @models
-    def test_a_seed_gives_the_same_weights_and_leaves_the_random_state_alone(self, name):
+    def test_a_seed_gives_the_same_weights_and_keeps_the_random_state(self, name):
         torch.manual_seed(1)
         before = torch.get_rng_state()
         one, other, third = (
@@ -227,7 +227,7 @@ class TestBuild:
         assert all(torch.equal(one.state_dict()[key], tensor) for key, tensor in other.state_dict().items())
         assert any(not torch.equal(one.state_dict()[key], tensor) for key, tensor in third.state_dict().items())
 
-    def test_without_a_seed_the_current_random_state_draws(self):
+    def test_without_a_seed_weights_follow_the_current_random_state(self):
         weights = []
         for seed in (1, 1, 2):
             torch.manual_seed(seed)
@@ -235,7 +235,7 @@ class TestBuild:
         assert torch.equal(weights[0], weights[1])
         assert not torch.equal(weights[0], weights[2])
 
-    def test_repeated_layers_have_weights_of_their_own(self):
+    def test_repeated_layers_have_separate_weights(self):
         model = build(MODELS["classifier"], seed=0)
         first, second = model.routed_layers
         assert first.spec == second.spec
@@ -249,7 +249,7 @@ class TestBuild:
             pytest.param({"repeat": 2, "layer": [{}, SEQBOAT]}, ["", "attention"] * 2, id="a repeated list"),
         ],
     )
-    def test_layers_are_written_out_in_order(self, layers, expected):
+    def test_layers_are_expanded_in_order(self, layers, expected):
         model = build({**MODELS["classifier"], "layers": layers})
         assert ["".join(layer.modules) for layer in model.spec.layer_specs] == expected
         assert [layer.spec for layer in model.routed_layers] == list(model.spec.layer_specs)
@@ -269,7 +269,7 @@ class TestBuild:
             ),
         ],
     )
-    def test_final_norm_exists_in_pre_norm_models_only_unless_it_is_asked_for(self, norm, final_norm, expected):
+    def test_only_pre_norm_models_have_a_final_norm_by_default(self, norm, final_norm, expected):
         model = build({**MODELS["causal encoder"], "layers": [{"norm": norm}], "final_norm": final_norm})
         assert model.spec.final_norm_spec == expected
         assert (None if model.final_norm is None else model.final_norm.spec) == expected
@@ -322,7 +322,7 @@ def test_gradients_reach_every_parameter():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_the_mean_of_a_row_longer_than_float16_counts_is_that_of_its_tokens(dtype: torch.dtype) -> None:
+def test_the_mean_of_a_row_of_more_tokens_than_the_largest_float16_is_exact(dtype: torch.dtype) -> None:
     spec = {"kind": "sequence_encoder", "width": 2, "encoder": {"kind": "real_number"}, "layers": []}
     model = build(spec, seed=0).to(dtype)
     x = torch.ones(1, 70_000, dtype=dtype)

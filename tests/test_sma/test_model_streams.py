@@ -60,7 +60,7 @@ def test_whole_equals_step_by_step(name: str, graph: bool) -> None:
 
 
 @causal_models
-def test_tokens_in_these_models_are_on_and_off(name: str) -> None:
+def test_these_models_have_active_and_inactive_tokens(name: str) -> None:
     model = model_of(name)
     routed = [part for part in model.routed_layers if part.routed is not None]
     for layer, decision in zip(routed, model(inputs_of(model, ROWS, LENGTH)).decisions, strict=True):
@@ -70,7 +70,7 @@ def test_tokens_in_these_models_are_on_and_off(name: str) -> None:
 
 @causal_models
 @pytest.mark.parametrize("length", [0, 1, 5])
-def test_a_chunk_of_padding_or_of_nothing_gives_every_state_back(name: str, length: int) -> None:
+def test_a_chunk_without_valid_tokens_keeps_every_state(name: str, length: int) -> None:
     model, inputs = model_of(name), inputs_of(model_of(name), ROWS, LENGTH)
     state = model(inputs, None, model.init_state(ROWS)).state
     after = model(inputs[:, :length], torch.zeros(ROWS, length, dtype=torch.bool), state)
@@ -95,7 +95,7 @@ def test_a_state_is_a_value_that_can_be_continued_twice(name: str, length: int) 
 @causal_models
 @few
 @given(rows=st.lists(st.integers(0, ROWS - 1), min_size=1, max_size=4), cut=st.integers(0, LENGTH), reset=st.booleans())
-def test_rows_of_a_state_are_streams_of_their_own(name: str, rows: list[int], cut: int, reset: bool) -> None:
+def test_rows_of_a_state_are_independent_streams(name: str, rows: list[int], cut: int, reset: bool) -> None:
     model, chosen = model_of(name), torch.tensor(rows)
     inputs = inputs_of(model, ROWS, LENGTH)
     with torch.no_grad():
@@ -159,7 +159,7 @@ def test_a_state_never_grows(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["everything", "drawn"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, 1e4])
-def test_what_comes_later_never_touches_what_was_said(name: str, bad: float) -> None:
+def test_later_tokens_never_change_earlier_outputs(name: str, bad: float) -> None:
     model, cut = model_of(name), 5
     inputs = inputs_of(model, ROWS, 40)
     changed = inputs.clone()
@@ -171,7 +171,7 @@ def test_what_comes_later_never_touches_what_was_said(name: str, bad: float) -> 
 
 @pytest.mark.parametrize("name", [name for name in CAUSAL if name != "language model"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e4])
-def test_a_broken_row_never_touches_another(name: str, bad: float) -> None:
+def test_a_non_finite_row_never_changes_another(name: str, bad: float) -> None:
     model = make_model(name, encoder={"kind": "real_number"})
     inputs = inputs_of(model, ROWS, LENGTH)
     changed = inputs.clone()
@@ -204,7 +204,7 @@ def test_float32_streams_stay_near_the_whole_and_half_precision_runs(name: str) 
     assert [tensor.dtype for tensor in tensors(state)] == [tensor.dtype for tensor in tensors(model.init_state(ROWS))]
 
 
-def test_models_without_a_window_grow_and_say_how_much() -> None:
+def test_states_without_a_window_grow_as_num_bytes_shows() -> None:
     model = make_model("everything")
     state = model.init_state(1)
     longer = model(inputs_of(model, 1, LENGTH), None, state).state

@@ -1,4 +1,4 @@
-"""A whole step with a capacity asks the host nothing: it could be captured in a CUDA graph."""
+"""A training step with a capacity never synchronises with the host, so it could be captured in a CUDA graph."""
 
 import importlib
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from sma.recipes.experiment import load_experiment
 from sma.spec import kinds, load_spec
 from tests.no_host import HostAskedError, NoHost
 
-# More tokens than the histograms of a budget have bins, which are float64.
+# More tokens than bins in the histograms of a budget, which are float64.
 ROWS, LENGTH = 3, 8000
 PRESETS = ["text_paper", "image_paper", "listops_paper", "language_paper", "speech_paper"]
 
@@ -40,13 +40,13 @@ def _x() -> Tensor:
         pytest.param(lambda x: x.cumsum(0), "cumsum is not deterministic on CUDA", id="cumsum"),
     ],
 )
-def test_what_asks_the_host_is_found(program: Callable[[Tensor], Any], message: str) -> None:
+def test_a_program_that_needs_the_host_is_detected(program: Callable[[Tensor], Any], message: str) -> None:
     x = _x()
     with pytest.raises(HostAskedError, match=message), NoHost(wide=20):
         program(x)
 
 
-def test_what_asks_nothing_passes() -> None:
+def test_a_program_without_the_host_passes() -> None:
     x = _x().requires_grad_()
     with NoHost(wide=20) as host:
         (x * 2).cos().sum().backward()
@@ -83,7 +83,7 @@ def _step(model: Any, capacity: Any, controller: BudgetController, optimizer: to
 
 @pytest.fixture
 def optimizer_on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let torch take the path of an optimiser in a CUDA graph for tensors on the meta device."""
+    """Make torch accept capturable optimisers, as in a CUDA graph, on the meta device."""
     for name in ("torch.optim.adam", "torch.optim.radam"):
         module = importlib.import_module(name)
         monkeypatch.setattr(module, "_get_capturable_supported_devices", lambda supports_xla=True: ["meta"])
@@ -92,7 +92,7 @@ def optimizer_on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("optimizer_on_meta")
 @pytest.mark.parametrize("capacity", [0.4, 50])
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_step_with_a_capacity_asks_the_host_nothing(preset: str, capacity: Any) -> None:
+def test_a_step_with_a_capacity_never_synchronises_with_the_host(preset: str, capacity: Any) -> None:
     model = _meta(load_experiment(preset, ["layers.repeat=2"]).model)
     spec = BudgetSpec(target=0.3, start=0.9, hold=5, anneal=10, exploration=0.1, until=100)
     controller = BudgetController.of(model, spec).to("meta")
@@ -100,7 +100,7 @@ def test_a_step_with_a_capacity_asks_the_host_nothing(preset: str, capacity: Any
     optimizer = kind(model.parameters(), foreach=True, capturable=True)
     for group in optimizer.param_groups:
         group["lr"] = torch.empty((), device="meta")
-    for _ in range(2):  # the first step makes the state of the optimiser
+    for _ in range(2):  # the first step creates the state of the optimiser
         _step(model, capacity, controller, optimizer)
 
 
@@ -108,7 +108,7 @@ NEEDED: dict[str, dict[str, Any]] = {"random": {"rate": 0.3}, "expert_choice": {
 
 
 @pytest.mark.parametrize("kind", kinds("router"))
-def test_no_router_asks_the_host(kind: str) -> None:
+def test_no_router_synchronises_with_the_host(kind: str) -> None:
     spec: Any = load_spec({"kind": kind, **NEEDED.get(kind, {})}, "router")
     with torch.device("meta"):
         router = spec.build(16, ["a", "b"]).train()

@@ -1,4 +1,4 @@
-"""Norms against one formula per token, and batch norm against torch's over the valid tokens."""
+"""Norms against the formula of one token, and batch norm against that of torch over the valid tokens."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def _norm(spec: NormSpec, width: int = 5) -> Norm:
     return norm
 
 
-def test_these_tests_know_every_norm():
+def test_every_norm_is_tested():
     assert set(kinds("norm")) == {spec.values[0].kind for spec in NORMS.args[1]}
 
 
@@ -87,14 +87,14 @@ def test_result_is_finite_in_the_dtype_of_the_tokens(spec, dtype, size):
 
 
 @NORMS
-def test_input_that_is_not_contiguous_gives_the_same(spec):
+def test_input_that_is_not_contiguous_gives_the_same_result(spec):
     x = normal(2, 3, 5)
     for other in strided(x):
         torch.testing.assert_close(_norm(spec)(other), _norm(spec)(x))
 
 
 @NORMS
-def test_norm_starts_neutral(spec):
+def test_initial_norm_has_unit_scale_and_no_shift(spec):
     x = normal(4, 9, 8)
     x = (x - x.mean((0, 1))) / x.std((0, 1))
     torch.testing.assert_close(
@@ -125,13 +125,13 @@ class TestBatchNorm:
             torch.testing.assert_close(buffer, theirs.get_buffer(name))
         torch.testing.assert_close(ours.eval()(x), theirs.eval()(x.flatten(0, 1)).reshape(x.shape))
 
-    def test_without_padding_it_is_torch_batch_norm_in_float32(self):
+    def test_without_padding_it_equals_batch_norm_of_torch_in_float32(self):
         ours, theirs = self._pair(True, 0.1)
         x = normal(3, 7, 5, dtype=torch.float32)
         torch.testing.assert_close(ours.float()(x), theirs.float()(x.transpose(1, 2)).transpose(1, 2))
 
     @pytest.mark.parametrize("shape", [(0, 3), (2, 0), (1, 1)])
-    def test_fewer_than_two_tokens_use_the_running_statistics_and_leave_them_alone(self, shape):
+    def test_fewer_than_two_tokens_use_the_running_statistics_without_an_update(self, shape):
         for valid in (None, torch.zeros(shape, dtype=torch.bool)):
             norm, x = _norm(BatchNormSpec()), normal(*shape, 5)
             kept = {name: buffer.clone() for name, buffer in norm.named_buffers()}
@@ -145,7 +145,7 @@ class TestBatchNorm:
         assert all(torch.equal(buffer, kept[name]) for name, buffer in norm.named_buffers())
 
     @pytest.mark.parametrize("reentrant", [True, False])
-    def test_activation_checkpointing_updates_once_and_changes_no_gradient(self, reentrant):
+    def test_activation_checkpointing_updates_statistics_once_and_changes_no_gradient(self, reentrant):
         x, valid = normal(3, 7, 5).requires_grad_(), torch.rand(3, 7, generator=generator(0)) < 0.7
         plain, saved = _norm(BatchNormSpec()), _norm(BatchNormSpec())
         expected, out = (

@@ -1,4 +1,4 @@
-"""Pairs of documents against two runs of one encoder and the four features of both."""
+"""Scores of pairs of documents against two runs of one encoder and the four features of a pair."""
 
 import pytest
 import torch
@@ -38,16 +38,14 @@ def pair_classifier(**changes):
 
 def batch(pairs=4, length=9):
     lengths = torch.randint(0, length + 1, (2 * pairs,), generator=generator(1))
-    lengths[0], lengths[1] = length, 0  # a document without a token, too
+    lengths[0], lengths[1] = length, 0  # one document has no token
     inputs = torch.randint(1, 11, (2 * pairs, length), generator=generator(2))
     valid = torch.arange(length) < lengths[:, None]
     return inputs.where(valid, 0), valid
 
 
 def oracle(model, inputs, valid):
-    """Scores of every pair by itself: each document alone and without padding, the features and the head in their
-    formulas.
-    """
+    """Scores of each pair from single documents without padding, by the formulas of the features and the head."""
     scores = []
     for sample in range(len(inputs) // 2):
         a, b = (_mean(model, inputs[row][valid[row]]) for row in (2 * sample, 2 * sample + 1))
@@ -58,13 +56,13 @@ def oracle(model, inputs, valid):
 
 
 def _mean(model, ids):
-    # The encoder without the head: a document beside itself.
+    # The encoder without the head, on a pair of two equal documents.
     hidden = model(torch.stack([ids, ids])).hidden[0]
     return hidden.sum(0) / max(1, len(ids))
 
 
 @pytest.mark.parametrize("layer", [pytest.param(LAYER, id="both ways"), pytest.param(CAUSAL, id="causal")])
-def test_scores_and_gradients_are_those_of_the_four_features_of_two_lone_documents(layer):
+def test_scores_and_gradients_agree_with_the_four_features_of_single_documents(layer):
     model = pair_classifier(layers={"repeat": 2, "layer": layer})
     inputs, valid = batch()
     weights = torch.randn(4, 3, dtype=torch.float64, generator=generator(3))
@@ -86,14 +84,19 @@ def test_scores_and_gradients_are_those_of_the_four_features_of_two_lone_documen
         torch.testing.assert_close(gradient, expected[name], rtol=1e-7, atol=1e-9, msg=name)
 
 
-def test_hidden_states_and_decisions_are_those_of_the_documents():
-    inputs, valid = batch()
-    output = pair_classifier()(inputs, valid)
-    assert (output.hidden.shape, output.pooled.shape) == ((8, 9, 6), (8, 6))
+def test_hidden_states_and_decisions_are_those_of_single_documents():
+    model, (inputs, valid) = pair_classifier(), batch()
+    output = model(inputs, valid)
     assert [decision.active.shape for decision in output.decisions] == [(8, 9, 1)] * 2
+    for row, (ids, present) in enumerate(zip(inputs, valid, strict=True)):
+        alone = model(torch.stack([ids[present]] * 2))
+        torch.testing.assert_close(output.hidden[row][present], alone.hidden[0])
+        torch.testing.assert_close(output.pooled[row], alone.pooled[0])
+        for decision, single in zip(output.decisions, alone.decisions, strict=True):
+            assert torch.equal(decision.active[row][present], single.active[0])
 
 
-def test_swapped_documents_are_another_pair():
+def test_swapped_documents_have_other_scores():
     model, (inputs, valid) = pair_classifier(), batch()
     swapped = torch.arange(8).view(4, 2).flip(1).reshape(-1)
     assert not torch.allclose(model(inputs, valid).logits, model(inputs[swapped], valid[swapped]).logits)
@@ -112,7 +115,7 @@ def test_odd_number_of_rows_is_refused(rows):
 
 
 @pytest.mark.parametrize("layer", [pytest.param(LAYER, id="both ways"), pytest.param(CAUSAL, id="causal")])
-def test_pair_classifier_keeps_the_laws_of_models(layer, as_users_run):
+def test_pair_classifier_keeps_the_contract_of_models(layer, as_users_run):
     check_model(load_spec({**SPEC, "layers": [layer]}), effort=4)
 
 
@@ -126,7 +129,7 @@ def test_spec_predicts_parameters_with_a_head_of_four_widths():
     assert model.head.inner.in_features == 24
 
 
-def test_paper_retrieval_model_has_its_count():
+def test_paper_retrieval_model_has_the_parameters_of_the_paper():
     # 1,024,298 without the embedding: the paper's table.
     layer = {
         "backbone": {"kind": "ema", "state_size": 16, "truncation": 1024},

@@ -1,4 +1,4 @@
-"""Field paths: every value of a spec can be set by its path, before anything is validated."""
+"""Field paths: every value of a spec can be set by its path before validation."""
 
 import copy
 import re
@@ -43,7 +43,7 @@ def test_path_is_split_into_steps(path, steps):
 
 
 @pytest.mark.parametrize("path", ["", ".", "a..b", "a.", "a[", "a[x]", "a]", "[", "a[-1]", "a.[0]b."])
-def test_broken_path_is_refused(path):
+def test_malformed_path_is_refused(path):
     with pytest.raises(
         SpecError,
         match=r"is not a field path; write names joined by dots, such as layers\.layer\.router\.temperature_scale",
@@ -77,14 +77,14 @@ def test_broken_path_is_refused(path):
         ),
     ],
 )
-def test_path_of_any_size_is_answered_in_a_short_sentence(path, complaint):
+def test_paths_and_indices_of_any_size_give_short_messages(path, complaint):
     with pytest.raises(SpecError, match=complaint) as caught:
         load_spec(LISTED, overrides={path: 1})
     assert len(str(caught.value)) < 1000
 
 
 @pytest.mark.parametrize("kind", [["gau"], {"a": 1}, 3, None, True])
-def test_kind_that_is_no_word_is_named(kind):
+def test_a_kind_that_is_not_text_is_refused(kind):
     data = {**LISTED, "layers": [{"modules": {"a": {"kind": kind}}}]}
     with pytest.raises(SpecError, match=r"sub-module kind|needs a 'kind'"):
         load_spec(data, overrides={"layers[0].modules.a.window": 3})
@@ -182,7 +182,7 @@ def test_values_are_set_before_validation_and_may_complete_a_spec():
         ({"final_norm.kind": "scale_norm"}, "final_norm=ScaleNormSpec"),
     ],
 )
-def test_values_may_make_a_part_that_is_null_or_missing(values, sentence):
+def test_values_may_create_a_part_that_is_null_or_missing(values, sentence):
     assert sentence in repr(load_spec(REPEATED, overrides=values))
 
 
@@ -200,7 +200,7 @@ def test_values_may_make_a_part_that_is_null_or_missing(values, sentence):
         ),
     ],
 )
-def test_setting_a_kind_leaves_what_the_new_kind_understands(path, value, others, expected):
+def test_setting_a_kind_keeps_the_fields_of_the_new_kind(path, value, others, expected):
     layer = {**REPEATED["layers"]["layer"], "norm": {"kind": "batch_norm", "epsilon": 0.5, "momentum": 0.5}}
     data = {**REPEATED, "layers": [layer]}
     values = {f"layers[0].{path}.{name}": each for name, each in {"kind": value, **others}.items()}
@@ -208,7 +208,7 @@ def test_setting_a_kind_leaves_what_the_new_kind_understands(path, value, others
     assert (spec.norm if path == "norm" else spec.modules["attention"]) == expected
 
 
-def test_later_values_see_earlier_ones():
+def test_later_values_apply_on_top_of_earlier_ones():
     for norm in ({"kind": "batch_norm"}, BatchNormSpec()):
         kept = copy.deepcopy(norm)
         values = {"layers.layer.norm": norm, "layers.layer.norm.momentum": 0.5}
@@ -216,7 +216,7 @@ def test_later_values_see_earlier_ones():
         assert norm == kept
 
 
-def test_a_built_spec_can_be_overridden_too():
+def test_a_validated_spec_can_be_overridden():
     spec = load_spec(REPEATED)
     changed = override(ModelSpec, dump_spec(spec), {"width": 8})
     assert load_spec(changed).width == 8
@@ -277,7 +277,7 @@ def test_a_built_spec_can_be_overridden_too():
         ),
     ],
 )
-def test_path_that_leads_nowhere_is_named(data, path, complaint):
+def test_unknown_path_is_refused(data, path, complaint):
     with pytest.raises(SpecError, match=re.escape(complaint)):
         load_spec(data, overrides={path: 1})
 

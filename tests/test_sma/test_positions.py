@@ -13,7 +13,7 @@ from tests.cases import gradients, normal
 
 
 @given(pairs=st.integers(1, 4), position=st.integers(0, 10**7), base=st.sampled_from([10000.0, 500.0]))
-def test_rotary_turns_each_pair_of_channels_as_a_complex_number(pairs, position, base):
+def test_rotary_rotates_each_pair_of_channels_as_a_complex_number(pairs, position, base):
     x = normal(1, 2 * pairs, seed=pairs)
     found = rotate(x, torch.tensor([position]), base)[0]
     for i in range(pairs):
@@ -23,7 +23,7 @@ def test_rotary_turns_each_pair_of_channels_as_a_complex_number(pairs, position,
 
 
 @given(query=st.integers(0, 10**6), key=st.integers(0, 10**6), shift=st.integers(0, 10**6))
-def test_rotary_scores_depend_on_distance_alone(query, key, shift):
+def test_rotary_scores_depend_on_distances_only(query, key, shift):
     q, k = normal(1, 6, seed=1), normal(1, 6, seed=2)
 
     def score(offset: int) -> torch.Tensor:
@@ -33,7 +33,7 @@ def test_rotary_scores_depend_on_distance_alone(query, key, shift):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rotary_angles_are_exact_far_out(dtype):
+def test_rotary_angles_are_exact_at_large_positions(dtype):
     """A float32 angle near position 10^6 would have an error of 0.03 rad."""
     x, positions = normal(3, 8), torch.tensor([10**6, 10**6 + 1, 10**7])
     exact = rotate(x.to(dtype).double(), positions, 1e4)
@@ -43,14 +43,14 @@ def test_rotary_angles_are_exact_far_out(dtype):
     )
 
 
-def test_rotary_takes_several_heads_and_no_token():
+def test_rotary_accepts_several_heads_and_no_tokens():
     x, positions = normal(5, 3, 4), torch.arange(5)
     heads = [rotate(x[:, head], positions, 1e4) for head in range(3)]
     assert torch.equal(rotate(x, positions, 1e4), torch.stack(heads, dim=1))
     assert rotate(x[:0], positions[:0], 1e4).shape == (0, 3, 4)
 
 
-def test_rotary_keeps_lengths_and_turns_gradients_back():
+def test_rotary_keeps_lengths_and_rotates_gradients_back():
     x, positions = normal(5, 6).requires_grad_(), torch.arange(5) * 1000
     turned = rotate(x, positions, 1e4)
     torch.testing.assert_close(turned.norm(dim=1), x.norm(dim=1))
@@ -67,7 +67,7 @@ def test_sinusoid_is_sine_then_cosine_of_the_position(width, position):
     torch.testing.assert_close(found[0, 1], 0.7 * oracles.sinusoid(0, width))
 
 
-def test_sinusoid_starts_at_the_inverse_root_of_the_width():
+def test_initial_scale_of_the_sinusoid_is_the_inverse_root_of_the_width():
     module = Sinusoid(16)
     assert module.scale.tolist() == [0.25]
     assert module(torch.zeros(2, 0, dtype=torch.long)).shape == (2, 0, 16)
@@ -84,5 +84,5 @@ def test_sinusoid_starts_at_the_inverse_root_of_the_width():
         pytest.param(NoPositionSpec(), None, 0, id="none"),
     ],
 )
-def test_bias_table_has_the_entries_of_the_authors_layout(spec, window, size):
+def test_bias_table_has_the_size_of_the_layout_of_the_authors(spec, window, size):
     assert spec.table_size(window) == size

@@ -1,4 +1,4 @@
-"""Outputs are pytrees, for torch.export, compile and vmap."""
+"""Outputs are pytrees, as torch.export, compile and vmap require."""
 
 from dataclasses import FrozenInstanceError, dataclass, fields, replace
 from typing import Any
@@ -69,7 +69,7 @@ def test_unflatten_undoes_flatten(make, tensors):
 
 @OUTPUTS
 def test_structure_survives_serialisation(make, tensors):
-    """torch.export writes the structure of what a model returns into its file."""
+    """torch.export writes the structure of the output of a model into its file."""
     tree = _pytree.tree_structure(make())
     assert _pytree.treespec_loads(_pytree.treespec_dumps(tree)) == tree
 
@@ -87,7 +87,7 @@ def test_leaves_are_named_by_their_fields(make, tensors):
 
 
 @OUTPUTS
-def test_structure_takes_leaves_that_are_no_tensors(make, tensors):
+def test_leaves_need_not_be_tensors(make, tensors):
     names = _pytree.tree_map(lambda leaf: "x", make())
     assert set(_pytree.tree_leaves(names)) == {"x"}
 
@@ -107,7 +107,7 @@ def test_names_and_layout_are_structure_not_leaves():
     assert _pytree.tree_structure(decision) != _pytree.tree_structure(replace(decision, names=("b", "a")))
 
 
-def test_map_tensors_reaches_every_tensor_and_leaves_the_rest():
+def test_map_tensors_maps_every_tensor_and_keeps_the_rest():
     output = build(MODEL, 0)(normal(2, 3, 3).float())
     wide = map_tensors(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, output)
     assert wide.hidden.dtype == wide.logits.dtype == wide.decisions[0].confidence.dtype == torch.float64
@@ -121,7 +121,7 @@ class _Count(State):
     seen: torch.Tensor
 
 
-def test_state_selects_rows_and_leaves_the_graph_and_moves():
+def test_state_can_select_rows_detach_and_move():
     state = _Count(normal(3, 2).requires_grad_() * 2)
     assert torch.equal(state.select(torch.tensor([2, 0, 2])).seen, state.seen[[2, 0, 2]])
     assert type(state.select(torch.tensor([1]))) is _Count
@@ -130,7 +130,7 @@ def test_state_selects_rows_and_leaves_the_graph_and_moves():
     assert state.to("meta").seen.device.type == "meta"
 
 
-def test_vmap_sees_through_a_decision():
+def test_vmap_maps_over_a_decision():
     router = RandomRouterSpec(rate=0.5).build(4, ["a"])
     decision = router(normal(2, 3, 4))[0]
     flipped = torch.vmap(lambda part: map_tensors(lambda tensor: tensor.flip(0), part))(decision)

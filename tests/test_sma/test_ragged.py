@@ -35,7 +35,7 @@ def _flat(rows: list[list[oracles.Token]]) -> list[oracles.Token]:
 
 
 def _real(tokens: Ragged) -> Tensor:
-    """The values of the real tokens, holes left out."""
+    """The values of the real tokens, without holes."""
     return tokens.values[tokens.mask]
 
 
@@ -54,7 +54,7 @@ def test_compress_keeps_the_active_tokens_of_every_row_in_order(capacity, active
 
 
 @given(active=masks())
-def test_compress_counts_positions_from_zero_where_none_are_given(active):
+def test_compress_counts_positions_from_zero_by_default(active):
     for capacity in (None, 2):
         tokens = compress(_batch(active), active, capacity=capacity)
         want = [token.position for token in _flat(oracles.compress(_batch(active), active, capacity=capacity))]
@@ -72,7 +72,7 @@ def test_slots_and_longest_follow_from_the_offsets(active):
 
 @CAPACITIES
 @given(active=masks())
-def test_extract_undoes_compress_on_active_places_and_gives_zeros_elsewhere(capacity, active):
+def test_extract_undoes_compress_at_active_positions_and_gives_zeros_elsewhere(capacity, active):
     x = _batch(active)
     tokens = compress(x, active, capacity=capacity)
     kept = active & (active.cumsum(1) <= (capacity or 99))
@@ -98,7 +98,7 @@ def test_compress_undoes_extract(active):
 
 
 @given(active=masks())
-def test_compress_and_extract_take_values_of_any_rank(active):
+def test_compress_and_extract_accept_values_of_any_rank(active):
     for channels in ((2, 4), (1,)):
         x = _batch(active, *channels)
         tokens = compress(x, active)
@@ -128,7 +128,7 @@ def test_compress_and_extract_are_adjoint(capacity, active):
 
 @CAPACITIES
 @given(active=masks())
-def test_extract_add_changes_active_places_only_and_never_its_input(capacity, active):
+def test_extract_add_changes_active_positions_only_and_never_its_input(capacity, active):
     base = _batch(active).requires_grad_()
     kept = base.detach().clone()
     tokens = compress(torch.zeros_like(kept), active, capacity=capacity)
@@ -157,7 +157,7 @@ def test_holes_are_never_written_even_if_they_hold_nan(active, capacity):
 
 @given(active=masks(), capacity=st.integers(1, 12))
 def test_holes_are_finite_even_where_the_batch_is_not(active, capacity):
-    """Sub-modules multiply what stands in holes by gradients of 0, and 0 x NaN is NaN."""
+    """Sub-modules multiply the values in holes by gradients of 0, and 0 x NaN is NaN."""
     x = _batch(active).where(active[..., None], torch.nan)
     assert compress(x, active, capacity=capacity).values.isfinite().all()
 
@@ -200,7 +200,7 @@ def test_one_search_for_several_masks_equals_compress_for_each(active):
 
 
 @given(active=masks(), spare=st.integers(0, 3))
-def test_the_inverse_finds_each_token_again(active, spare):
+def test_the_inverse_maps_positions_to_their_slots(active, spare):
     count, most = int(active.sum()), int(active.sum(1).max()) if len(active) else 0
     frames = [
         locate(active[..., None], sizes=[count])[0],
@@ -219,13 +219,13 @@ def test_the_inverse_finds_each_token_again(active, spare):
             assert slot == wanted[place] if place in wanted else slot >= len(frame.index)
 
 
-def test_all_active_costs_no_copy():
+def test_all_active_tokens_are_not_copied():
     x = normal(2, 5, 3)
     assert compress(x, torch.ones(2, 5, dtype=torch.bool)).values.data_ptr() == x.data_ptr()
 
 
 @given(active=masks(), full=st.booleans())
-def test_input_that_is_not_contiguous_gives_the_same(active, full):
+def test_input_that_is_not_contiguous_gives_the_same_tokens(active, full):
     active = torch.ones_like(active) if full else active
     x = _batch(active)
     for capacity, other, mask in (
@@ -239,7 +239,7 @@ def test_input_that_is_not_contiguous_gives_the_same(active, full):
 
 
 def _layouts(active: Tensor) -> list[tuple[str, Ragged]]:
-    """One batch in every layout; in the rectangular ones the rows are as long as the mask has active tokens."""
+    """One batch in every layout; `rectangular with holes` has as many tokens per row as the mask."""
     x = _batch(active)
     return [
         ("packed", compress(x, active)),
@@ -250,7 +250,7 @@ def _layouts(active: Tensor) -> list[tuple[str, Ragged]]:
 
 
 @given(active=masks())
-def test_padded_rows_stand_left_with_zeros_behind(active):
+def test_padded_rows_are_left_aligned_and_end_with_zeros(active):
     for name, tokens in _layouts(active):
         padded, mask = tokens.to_padded()
         rows = oracles.tokens_of(tokens)
@@ -296,7 +296,7 @@ def test_with_values_changes_nothing_else(active):
 
 
 @given(active=masks())
-def test_rectangular_is_a_view_with_the_prefixes_as_tokens(active):
+def test_rectangular_is_a_view_whose_tokens_are_the_prefixes(active):
     x, lengths = _batch(active), active.sum(1)
     tokens = rectangular(x, lengths)
     prefix = torch.arange(active.shape[1]) < lengths[:, None]
@@ -342,7 +342,7 @@ def test_segment_reduce_of_no_row_is_empty(reduce):
     assert segment_reduce(torch.zeros(0, 3), torch.zeros(1, dtype=torch.long), reduce).shape == (0, 3)
 
 
-def test_negative_rows_and_empty_rows_are_not_confused():
+def test_negative_values_and_empty_rows_are_distinguished():
     values, offsets = torch.tensor([-3.0, -1.0, 2.0]), torch.tensor([0, 2, 2, 3])
     assert segment_reduce(values, offsets, "max").tolist() == [-1.0, 0.0, 2.0]
     assert segment_reduce(values, offsets, "min").tolist() == [-3.0, 0.0, 2.0]
@@ -364,7 +364,7 @@ class TestWrongInput:
             compress(normal(2, 3, 4), torch.ones(shape, dtype=torch.bool))
 
     @pytest.mark.parametrize("capacity", [0, -1])
-    def test_capacity_of_nothing(self, capacity):
+    def test_impossible_capacity(self, capacity):
         with pytest.raises(InputError, match=f"capacity={capacity} must be at least 1 token per row"):
             compress(normal(2, 3, 4), torch.ones(2, 3, dtype=torch.bool), capacity=capacity)
 
@@ -376,7 +376,7 @@ class TestWrongInput:
         with pytest.raises(InputError, match="backend='numpy' must be 'auto', 'torch' or 'scatter'"):
             segment_reduce(normal(2, 3), torch.tensor([0, 2]), "sum", backend="numpy")
 
-    def test_backend_that_is_not_installed(self, monkeypatch):
+    def test_missing_backend(self, monkeypatch):
         monkeypatch.setattr("sma.segments._torch_scatter", lambda: None)
         with pytest.raises(
             InputError,

@@ -1,4 +1,4 @@
-"""Activation checkpointing: the same gradients in less memory, with the decision that was made."""
+"""Activation checkpointing: the same gradients in less memory, with the recorded decision."""
 
 import copy
 from collections.abc import Callable
@@ -24,7 +24,7 @@ MODEL: dict[str, Any] = {
 
 
 class Jittering(Router):
-    """Another router whose decisions differ between calls, as those of an operator that is not deterministic do."""
+    """A router whose decisions differ between calls, like those of a nondeterministic operator."""
 
     def __init__(self, router: Router) -> None:
         super().__init__(router.names)
@@ -53,7 +53,7 @@ def _loss_and_gradients(model: SequenceModel, x: Tensor, valid: Tensor, **option
 
 
 @pytest.mark.parametrize("capacity", [None, 2])
-def test_gradients_are_the_same_with_dropout_and_a_router_that_jitters(capacity):
+def test_gradients_are_the_same_with_dropout_and_a_nondeterministic_router(capacity):
     plain, saving = _model(), _model().recompute_activations()
     x, valid = normal(3, 9, 2), torch.rand(3, 9, generator=generator(1)) < 0.8
     wanted = _loss_and_gradients(plain, x, valid, capacity=capacity)
@@ -62,13 +62,13 @@ def test_gradients_are_the_same_with_dropout_and_a_router_that_jitters(capacity)
     assert [layer.routed.router.calls for layer in saving.routed_layers] == [1, 1, 1]
 
 
-def test_the_router_of_these_tests_jitters():
+def test_the_router_of_these_tests_is_nondeterministic():
     model, x = _model().eval(), normal(3, 9, 2)
     assert not torch.equal(model(x).decisions[0].active, model(x).decisions[0].active)
 
 
 @layers
-def test_a_layer_gives_the_same_to_the_last_bit(name):
+def test_a_layer_gives_bit_equal_results(name):
     x, valid = normal(3, 7, WIDTH), torch.rand(3, 7, generator=generator(1)) < 0.8
     results = []
     for recompute in (False, True):
@@ -78,7 +78,7 @@ def test_a_layer_gives_the_same_to_the_last_bit(name):
         inputs = x.clone().requires_grad_()
         hidden = layer(inputs, valid).hidden.where(valid[..., None], 0)
         found = torch.autograd.grad(hidden.square().sum(), [inputs, *layer.parameters()], materialize_grads=True)
-        results.append([hidden, *found, *layer.buffers()])  # batch norm has counted the batch once
+        results.append([hidden, *found, *layer.buffers()])  # batch norm must count the batch once
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
@@ -94,7 +94,7 @@ def test_batch_norm_counts_a_batch_once(place):
     assert layer.norm.running_mean.any()
 
 
-def test_a_stream_goes_on_and_its_gradients_are_the_same():
+def test_a_stream_continues_and_its_gradients_are_the_same():
     spec = {**MODEL, "layers": [CAUSAL, CAUSAL]}
     results = []
     for recompute in (False, True):
@@ -114,7 +114,7 @@ def test_a_stream_goes_on_and_its_gradients_are_the_same():
 
 
 def _saved_bytes(run: Callable[[], object]) -> int:
-    """Memory of the different tensors that are kept for backward."""
+    """Bytes of the distinct storages that are kept for backward."""
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -125,11 +125,11 @@ def _saved_bytes(run: Callable[[], object]) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         results = [run()]
         total = sum(kept.values())
-        results.clear()  # not before: what is kept must stay, or its place in memory is used again
+        results.clear()  # only now: freed storages would be reused at the same address
     return total
 
 
-def test_less_is_kept_for_backward():
+def test_less_memory_is_kept_for_backward():
     wide = {"kind": "gau", "query_size": 16, "hidden_size": 64, "window": 32}
     layer = {
         "backbone": {"kind": "ema", "state_size": 4},
@@ -143,7 +143,7 @@ def test_less_is_kept_for_backward():
     assert sizes[1] < sizes[0] / 3
 
 
-def test_nothing_is_computed_again_where_no_gradient_is_asked_for():
+def test_nothing_is_recomputed_if_no_gradient_is_required():
     model = _model().recompute_activations()
     x = normal(2, 5, 2)
     with torch.no_grad():

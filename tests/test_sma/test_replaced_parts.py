@@ -1,6 +1,4 @@
-"""Models whose linear maps were replaced: quantised, parametrised, or wrapped by adapters. No part reads
-weights of another.
-"""
+"""Models with quantised, parametrised or adapter-wrapped linear maps: no part may read the weights of another."""
 
 import copy
 import warnings
@@ -46,7 +44,7 @@ def _model(modules: dict[str, Any] = MODULES, router: str = "always") -> Sequenc
 
 
 class Adapter(nn.Module):
-    """A low-rank adapter, which shows nothing of the map that it is put around."""
+    """A low-rank adapter that exposes no attribute of the map that it wraps."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -60,7 +58,7 @@ class Adapter(nn.Module):
 
 
 class Packed(nn.Module):
-    """A map whose weight is kept in integers, as weight-only quantisation does it."""
+    """A map with an integer weight, as in weight-only quantisation."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -120,16 +118,16 @@ def test_a_model_with_replaced_maps_runs_and_streams(name):
     assert _stream(model, VALID).isfinite().all()
 
 
-# torch's quantised maps take float32 alone.
+# Quantised maps of torch accept float32 only.
 @pytest.mark.parametrize("name", sorted(REPLACEMENTS.keys() - {"quantised"}))
-def test_the_residual_stream_is_not_narrowed_by_autocast(name):
+def test_autocast_never_lowers_the_precision_of_the_residual_stream(name):
     model = REPLACEMENTS[name](_model())
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         assert model(X, VALID).hidden.dtype is torch.float32
 
 
 @every_replacement
-def test_tokens_that_no_sub_module_runs_on_are_no_obstacle(name):
+def test_replaced_maps_run_without_active_tokens(name):
     model = REPLACEMENTS[name](_model(router="never"))
     assert model(X, VALID).logits.isfinite().all()
     with torch.no_grad():
@@ -144,7 +142,7 @@ def test_states_and_random_inputs_have_a_floating_dtype(name):
     assert model.encoder.random_inputs(2, 3).dtype is torch.float32
 
 
-def test_the_first_floating_point_numbers_say_the_dtype_and_the_first_tensors_the_device():
+def test_the_first_floating_tensor_defines_the_dtype_and_the_first_tensor_the_device():
     mixed = nn.Module()
     mixed.register_parameter("packed", nn.Parameter(torch.zeros(2, dtype=torch.uint8), requires_grad=False))
     assert floating_dtype(mixed) is None
@@ -156,7 +154,7 @@ def test_the_first_floating_point_numbers_say_the_dtype_and_the_first_tensors_th
     assert device_and_dtype(only_buffers, None, None) == (torch.device("meta"), torch.float64)
 
 
-def test_weights_that_were_packed_have_no_name_of_the_authors():
+def test_packed_weights_cannot_be_converted_to_the_reference():
     case = recorded("causal_softmax_rotary")
     layer = from_reference(case.info["kind"], case.info["config"], case.weights())
     with pytest.raises(

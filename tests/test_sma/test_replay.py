@@ -1,4 +1,4 @@
-"""Replayed decisions: the recorded selection, with the scores and confidences of now."""
+"""Replayed decisions: the recorded selection with current scores and confidences."""
 
 import copy
 from dataclasses import replace
@@ -34,7 +34,7 @@ ROUTERS = [{"kind": kind, **SETTINGS.get(kind, {})} for kind in kinds("router")]
 
 
 def model_of(spec: dict[str, Any] = MODEL) -> sma.SequenceModel:
-    """A model whose routers are undecided."""
+    """A model whose routers have rates between 0 and 1."""
     model = sma.build(spec, seed=0).double().eval()
     spread(model)
     for layer, decision in zip(
@@ -52,7 +52,7 @@ def result_of(output: Any) -> Tensor:
 
 
 def assert_same(model: nn.Module, one: Any, other: Any) -> None:
-    """The same outputs and gradients, to the last bit."""
+    """Assert bit-equal outputs and gradients."""
     assert torch.equal(result_of(one), result_of(other))
     for a, b in zip(
         gradients(result_of(one), model.parameters()), gradients(result_of(other), model.parameters()), strict=True
@@ -82,7 +82,7 @@ def test_own_decisions_reproduce_the_result_under_a_capacity(capacity):
 
 
 @sides
-def test_padding_may_stand_on_another_side(side):
+def test_padding_may_be_on_another_side(side):
     model, rows = model_of(), [normal(length, 2, seed=length) for length in (5, 0, 7)]
     inputs, valid = pad(rows, "right")
     selected = [torch.rand(3, 9, len(d.names), generator=generator(2)) < 0.5 for d in model(inputs, valid).decisions]
@@ -106,8 +106,8 @@ def test_padding_is_never_active():
 
 
 @layers
-def test_a_layer_is_its_sub_modules_weighted_by_the_probability_of_the_choice(name):
-    """Against a router that makes the choice itself, token by token."""
+def test_sub_modules_are_weighted_by_the_probability_of_the_choice(name):
+    """Compare with a reference router that makes the choice token by token."""
     if "modules" not in LAYERS[name]:
         pytest.skip("nothing is routed")
     layer, x = make(name), normal(3, 7, WIDTH)
@@ -128,7 +128,7 @@ def test_a_layer_is_its_sub_modules_weighted_by_the_probability_of_the_choice(na
     torch.testing.assert_close(layer(x, decision=selected).hidden, other(x).hidden)
 
 
-def test_only_the_selection_is_held_while_the_model_learns():
+def test_only_the_selection_is_fixed_during_training():
     model, inputs = model_of().train(), normal(3, 9, 2)
     recorded = model(inputs).decisions
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
@@ -140,13 +140,13 @@ def test_only_the_selection_is_held_while_the_model_learns():
     assert any(not torch.equal(a.active, b.active) for a, b in zip(free.decisions, recorded, strict=True))
     for before, now in zip(recorded, held.decisions, strict=True):
         assert torch.equal(now.active, before.active)
-    # The first layer reads the same tokens in both, so its scores are those of the router as it is now.
+    # The first layer reads the same tokens in both, so its scores are those of the current router.
     assert torch.equal(held.decisions[0].logits, free.decisions[0].logits)
     assert not torch.equal(held.decisions[0].logits, recorded[0].logits)
 
 
 @pytest.mark.parametrize("useful", [True, False])
-def test_reversed_masks_raise_the_probability_of_useful_tokens_alone(useful):
+def test_reversed_masks_raise_the_probability_of_useful_tokens_only(useful):
     routed = sma.SparseModularActivation("sma", {"copy": sma.TokenWise(nn.Identity())}, width=WIDTH).double()
     spread(routed)
     x = normal(2, 8, WIDTH)
@@ -154,7 +154,7 @@ def test_reversed_masks_raise_the_probability_of_useful_tokens_alone(useful):
     assert decision.active.any()
     assert not decision.active.all()
     again = routed(x, decision=~decision.active)
-    # The loss of a token falls as more of its copy is let through where the copy is what is wanted.
+    # If the copy is useful, a larger weight of the copy lowers the loss of its token.
     loss = (again.values - (2 * x if useful else -x)).square().sum()
     (slope,) = torch.autograd.grad(loss, again.decision.logits)
     chosen = slope[~decision.active.squeeze(-1)].squeeze(1)
@@ -187,7 +187,7 @@ def test_micro_batches_replay_their_rows():
 
 
 @pytest.mark.parametrize("how", ["recompute_activations", "checkpoint"])
-def test_activation_checkpointing_replays_what_was_given(how):
+def test_activation_checkpointing_replays_the_given_decisions(how):
     model, inputs = model_of().train(), normal(3, 9, 2)
     recorded = [replace(each, active=~each.active) for each in model(inputs).decisions]
     wanted = model(inputs, decisions=recorded)
@@ -203,7 +203,7 @@ def test_activation_checkpointing_replays_what_was_given(how):
         torch.testing.assert_close(a, b)
 
 
-def test_data_parallel_training_passes_the_decisions_on(tmp_path):
+def test_data_parallel_training_passes_the_decisions_to_the_model(tmp_path):
     model, inputs = model_of().train(), normal(3, 9, 2)
     recorded = [~each.active for each in model(inputs).decisions]
     wanted = model(inputs, decisions=recorded).logits
@@ -235,14 +235,14 @@ def _others() -> dict[str, tuple[Any, str]]:
 
 @pytest.mark.usefixtures("as_users_run")
 @pytest.mark.parametrize("name", list(_others()))
-def test_what_does_not_fit_is_refused(name):
+def test_decisions_that_do_not_fit_are_refused(name):
     decisions, said = _others()[name]
     with pytest.raises(InputError, match=said):
         model_of()(normal(3, 9, 2), decisions=decisions)
 
 
 @pytest.mark.usefixtures("as_users_run")
-def test_a_layer_and_its_routed_part_refuse_what_does_not_fit():
+def test_a_layer_and_its_routed_part_refuse_decisions_that_do_not_fit():
     layer, x = make("seqboat"), normal(3, 7, WIDTH)
     for part in (layer, layer.routed):
         with pytest.raises(InputError, match=r"decision is of shape \(3, 6, 1\)"):
@@ -251,7 +251,7 @@ def test_a_layer_and_its_routed_part_refuse_what_does_not_fit():
         make("no modules")(x, decision=torch.ones(3, 7, 1, dtype=torch.bool))
 
 
-def test_wrappers_of_layers_need_not_know_of_decisions():
+def test_wrappers_of_layers_need_no_argument_for_decisions():
     class Wrapper(nn.Module):
         def __init__(self, layer: nn.Module) -> None:
             super().__init__()
@@ -291,7 +291,7 @@ def _recorded(shapes: list[tuple[int, int, int]]) -> list[Decision]:
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 9), st.integers(1, 3)), max_size=3))
-def test_saved_decisions_are_read_as_they_were(tmp_path_factory, shapes):
+def test_load_undoes_save_of_decisions(tmp_path_factory, shapes):
     decisions, path = _recorded(shapes), tmp_path_factory.mktemp("d") / "decisions.safetensors"
     sma.save_decisions(decisions, path)
     found = sma.load_decisions(path, [each.names for each in decisions])
@@ -301,7 +301,7 @@ def test_saved_decisions_are_read_as_they_were(tmp_path_factory, shapes):
         assert torch.equal(mask, decision.active)
 
 
-def test_a_saved_decision_takes_a_bit_per_token(tmp_path):
+def test_a_saved_decision_uses_one_bit_per_token(tmp_path):
     path = tmp_path / "d"
     sma.save_decisions(_recorded([(4, 8000, 2)]), path)
     assert path.stat().st_size < 4 * 8000 * 2 / 8 + 500

@@ -1,4 +1,4 @@
-"""Routed parts in models that are not ours: what is skipped, what stays, and the way back."""
+"""Routed parts in third-party models: which tokens skip a part, what stays unchanged, and how to undo it."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ def losses_and_gradients(model: nn.Module, *inputs: Any) -> list[Tensor]:
         pytest.param((lambda: TwoModules(norm=False),), intermediate_and_output, id="without-norm"),
     ],
 )
-def test_with_everything_active_the_model_is_the_original_bit_by_bit(blocks, target, dtype):
+def test_with_everything_active_the_model_equals_the_original_bit_by_bit(blocks, target, dtype):
     model, original = made(*blocks, dtype=dtype).eval(), made(*blocks, dtype=dtype).eval()
     retrofit(model, {target: OPEN})
     found, wanted = model(ids()), original(ids())
@@ -41,7 +41,7 @@ def test_with_everything_active_the_model_is_the_original_bit_by_bit(blocks, tar
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_new_parts_take_the_mode_of_what_they_replace_and_old_parts_keep_theirs(training):
+def test_new_parts_take_the_mode_of_the_replaced_ones_and_others_keep_theirs(training):
     model = made(TwoModules).train(training)
     model.layers[0].output.dropout.train(not training)
     retrofit(model, {intermediate_and_output: OPEN})
@@ -49,7 +49,7 @@ def test_new_parts_take_the_mode_of_what_they_replace_and_old_parts_keep_theirs(
         assert part.training == (training != isinstance(part, nn.Dropout)), path
 
 
-def test_a_skipped_token_passes_by_the_part():
+def test_a_skipped_token_bypasses_the_part():
     model, original = made(Block), made(Block)
     retrofit(model, {"layers.*.mlp": HALF})
     with collect_decisions(model) as decisions:
@@ -66,7 +66,7 @@ def test_a_skipped_token_passes_by_the_part():
     torch.testing.assert_close(found, wanted.where(active[..., None], skipped))
 
 
-def test_parts_that_draw_draw_differently():
+def test_random_routers_of_different_parts_are_independent():
     model = made()
     retrofit(model, {"layers.*.mlp": {"kind": "random", "rate": 0.5}})
     with collect_decisions(model) as decisions:
@@ -75,7 +75,7 @@ def test_parts_that_draw_draw_differently():
     assert 0.3 < (first == second).double().mean() < 0.7
 
 
-def test_post_norm_blocks_normalise_what_is_skipped():
+def test_post_norm_blocks_normalise_skipped_tokens():
     model, original = made(TwoModules).eval(), made(TwoModules).eval()
     retrofit(model, {intermediate_and_output: {"kind": "never"}})
     x = original.embedding(ids())
@@ -83,7 +83,7 @@ def test_post_norm_blocks_normalise_what_is_skipped():
 
 
 @pytest.mark.usefixtures("as_users_run")
-def test_a_handle_that_was_undone_steers_nothing():
+def test_a_handle_after_undo_steers_nothing():
     handle = retrofit(made(), {"layers.*.mlp": HALF})
     handle.undo()
     handle.undo()
@@ -92,7 +92,7 @@ def test_a_handle_that_was_undone_steers_nothing():
             call()
 
 
-def test_undo_puts_everything_back():
+def test_undo_restores_the_model():
     model, original = made(), made()
     before = [(name, id(part)) for name, part in model.named_modules()]
     model.head.bias.requires_grad_(False)
@@ -102,7 +102,7 @@ def test_undo_puts_everything_back():
     assert [p.requires_grad for p in model.parameters()] == [p is not model.head.bias for p in model.parameters()]
     for found, wanted in zip(losses_and_gradients(model, ids()), losses_and_gradients(original, ids()), strict=False):
         assert torch.equal(found, wanted)
-    retrofit(model, {"layers.*.mlp": HALF})  # again
+    retrofit(model, {"layers.*.mlp": HALF})  # can be applied again
 
 
 def test_only_the_routers_are_trained():
@@ -115,15 +115,15 @@ def test_only_the_routers_are_trained():
     assert {name for name, parameter in model.named_parameters() if parameter.grad is not None} == trained
 
 
-def test_preview_counts_what_is_routed():
+def test_preview_counts_the_routed_parameters():
     handle = retrofit(made(), {"layers.*.mlp": HALF})
     lines = handle.preview().splitlines()
     assert len(lines) == 3
-    # Norm 16, matrices 8 x 16 twice with biases 16 and 8; the router 2 x 8 + 2 + 1.
+    # Norm 16, two matrices of 8 x 16 with biases 16 and 8; the router 2 x 8 + 2 + 1.
     assert lines[1].split() == ["layers.0.mlp", "296", "19", "256"]
 
 
-def test_a_budget_and_calibrate_reach_their_rate():
+def test_a_budget_and_calibrate_reach_their_rates():
     model = made().eval()
     handle = retrofit(model, {"layers.*.mlp": HALF})
     controller = handle.budget(0.3)
@@ -157,7 +157,7 @@ def _retrofitted() -> nn.Module:
 
 
 def adapted(*targets: Any) -> Any:
-    """An adapter that finds these, each a path and the path that it replaces."""
+    """An adapter that returns these targets; a tuple is a path and the path that it replaces."""
 
     def adapter(model: nn.Module) -> list[Any]:
         return [_target(model, *each) if isinstance(each, tuple) else each for each in targets]
@@ -170,7 +170,7 @@ def _target(model: nn.Module, path: str, replaced: str) -> Target:
 
 
 def nothing(model: nn.Module) -> None:
-    """An adapter that forgets to return."""
+    """An adapter that returns None."""
 
 
 FIRST = ("layers.0.mlp", "layers.0.mlp")
@@ -211,7 +211,7 @@ FIRST = ("layers.0.mlp", "layers.0.mlp")
         pytest.param(made, {"layers.*.mlp": "smaa"}, "unknown router kind 'smaa'", id="kind"),
     ],
 )
-def test_what_cannot_be_routed_is_refused_and_changes_nothing(model, targets, said):
+def test_parts_that_cannot_be_routed_are_refused_and_nothing_changes(model, targets, said):
     given = model()
     before = list(given.named_modules()) if isinstance(given, nn.Module) else None
     with pytest.raises(SmaError, match=said):
@@ -220,12 +220,12 @@ def test_what_cannot_be_routed_is_refused_and_changes_nothing(model, targets, sa
 
 
 @pytest.mark.usefixtures("as_users_run")
-def test_wrong_arguments_are_named():
+def test_wrong_arguments_are_refused():
     with pytest.raises(InputError, match="expected 'all' or 'routers'"):
         retrofit(made(), {"layers.*.mlp": HALF}, train="router")
 
 
-def test_an_adapter_of_your_own_finds_parts_by_itself():
+def test_a_third_party_adapter_may_choose_the_parts():
     def feed_forwards(model: nn.Module) -> list[Target]:
         return [Target("layers.0.mlp", model.layers[0].mlp, lambda routed: {"layers.0.mlp": routed})]
 

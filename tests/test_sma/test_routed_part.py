@@ -1,4 +1,4 @@
-"""Routed parts: how they are called, and the collection of their decisions."""
+"""Calls of routed parts, and the collection of their decisions."""
 
 import copy
 from collections.abc import Callable
@@ -42,7 +42,7 @@ def test_contexts_nest_and_two_passes_are_collected_twice():
 @pytest.mark.parametrize("inside", [True, False], ids=["backward-inside", "backward-after"])
 @pytest.mark.parametrize("masked", [True, False], ids=["mask", "no-mask"])
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "hooks"])
-def test_a_pass_that_is_repeated_in_backward_is_collected_once_and_gets_its_mask(reentrant, masked, inside):
+def test_a_pass_recomputed_in_backward_is_collected_once_with_its_mask(reentrant, masked, inside):
     model = made().train()
     retrofit(model, {"layers.*.mlp": HALF})
     other = copy.deepcopy(model)
@@ -61,7 +61,7 @@ def test_a_pass_that_is_repeated_in_backward_is_collected_once_and_gets_its_mask
         torch.testing.assert_close(a.grad, b.grad)
 
 
-def test_a_mask_is_forgotten_in_the_next_pass_without_one():
+def test_a_mask_never_applies_to_the_next_pass_without_one():
     model = made().train()
     model.recompute = True
     retrofit(model, {"layers.*.mlp": OPEN})
@@ -84,7 +84,7 @@ def test_nothing_is_stored_on_modules():
 
 
 class Called(nn.Module):
-    """Calls its feed-forward block in a way of its own."""
+    """Calls its feed-forward block by a given function."""
 
     def __init__(self, call: Callable[..., Any]) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class Called(nn.Module):
         pytest.param((3, 5, WIDTH), (3, 5), lambda mlp, x: mlp(x + mlp(x)), id="twice"),
     ],
 )
-def test_hidden_states_of_any_shape_are_routed_token_by_token(shape, tokens, call):
+def test_hidden_states_of_any_shape_are_routed_by_token(shape, tokens, call):
     torch.manual_seed(0)
     model = Called(call)
     part = model.mlp
@@ -124,7 +124,7 @@ def test_hidden_states_of_any_shape_are_routed_token_by_token(shape, tokens, cal
         (values,) = (*hidden, *named.values())
         return part(values) * next(masks).reshape(*values.shape[:-1], 1)
 
-    model.__dict__["mlp"] = oracle  # before the registered modules
+    model.__dict__["mlp"] = oracle  # found before the registered modules
     torch.testing.assert_close(found, model(x))
 
 
@@ -159,7 +159,7 @@ def test_a_call_with_anything_but_hidden_states_is_refused(call, said):
         pytest.param("mask", "valid is a str", id="text"),
     ],
 )
-def test_a_mask_that_is_none_is_refused_before_the_pass(valid, said):
+def test_an_invalid_mask_is_refused_before_the_pass(valid, said):
     model = made()
     retrofit(model, {"layers.*.mlp": HALF})
     with pytest.raises(InputError, match=said), collect_decisions(model, valid):
@@ -177,6 +177,6 @@ def test_a_mask_that_does_not_fit_the_tokens_is_refused_with_the_part():
         model(ids())
 
 
-def test_a_model_without_routed_parts_has_nothing_to_collect():
+def test_collecting_from_a_model_without_routed_parts_is_refused():
     with pytest.raises(InputError, match="has no routed part"), collect_decisions(made()):
         pass

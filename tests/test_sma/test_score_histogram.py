@@ -1,4 +1,4 @@
-"""Histograms of margins by counting one by one, and shifts by trying them."""
+"""Histograms of margins against counts, and shifts against their effect."""
 
 import math
 
@@ -16,20 +16,20 @@ MARGINS = st.lists(
 )
 
 
-def test_edges_rise_through_0_from_far_below_to_far_above():
+def test_edges_increase_from_far_below_0_to_far_above_it():
     assert sorted(set(EDGES)) == EDGES
     assert EDGES[ZERO] == 0
     assert EDGES[0] == -EDGES[-1] < -9000
 
 
 @given(margins=MARGINS)
-def test_every_number_falls_between_its_edges_and_what_is_none_nowhere(margins):
+def test_every_finite_margin_is_counted_between_its_edges_and_no_other(margins):
     counts = histograms(torch.tensor(margins, dtype=torch.float64).reshape(1, -1, 1), None)[0]
     wanted = [0] * BINS
     for margin in filter(math.isfinite, margins):
-        above = [place for place in range(1, BINS) if EDGES[place] < margin]  # closed on the right; the ends are open
+        above = [place for place in range(1, BINS) if EDGES[place] < margin]  # right-closed, outer bins open
         wanted[max(above, default=0)] += 1
-    # An edge that was computed in another order may be off in its last digit, and 0 may not.
+    # Edges may have rounding errors in the last digit, but the edge 0 is exact.
     assert counts.sum() == sum(wanted)
     assert (counts.cumsum(0) - torch.tensor(wanted).cumsum(0)).abs().max() <= len(margins)
     assert int(counts[ZERO:].sum()) == sum(margin > 0 for margin in margins if math.isfinite(margin))
@@ -40,7 +40,7 @@ def test_every_number_falls_between_its_edges_and_what_is_none_nowhere(margins):
 
 
 @given(valid=masks())
-def test_padding_is_not_counted_and_sub_modules_are_counted_by_themselves(valid):
+def test_padding_is_not_counted_and_sub_modules_are_counted_separately(valid):
     margins = normal(*valid.shape, 3)
     counts = histograms(margins, valid)
     for place in range(3):
@@ -56,16 +56,16 @@ def _shift(rate, margins):
 
 
 @given(size=st.integers(1, 200), rate=st.floats(0.0, 1.0), seed=st.integers(0, 99))
-def test_shifted_by_as_much_that_share_is_above_0(size, rate, seed):
+def test_after_the_shift_the_requested_share_is_above_0(size, rate, seed):
     margins = 5 * normal(1, size, 1, seed=seed)
     shift = _shift(rate, margins)
-    # As near as the grid's bins are wide, and one token is large.
+    # Within the width of a bin, and within one token.
     slack = 0.033 * (0.001 + abs(shift))
     low, high = (float(((margins + shift + side) > 0).double().mean()) for side in (-slack, slack))
     assert low - 1 / size <= rate <= high + 1 / size
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.3, 1.0])
-def test_a_right_rate_needs_no_shift(rate):
+def test_a_rate_on_target_needs_no_shift(rate):
     margins = torch.where(torch.arange(10) < 10 * rate, 1.0, -1.0).reshape(1, 10, 1)
     assert _shift(rate, margins) == 0

@@ -1,5 +1,6 @@
-"""Two ranks with sharded parts (`fully_shard`), one of which activates nothing: none waits for the other, in training
-and in evaluation.
+"""Two ranks with sharded parts (`fully_shard`), one of which activates nothing: neither waits for the other.
+
+Both training and evaluation are tested.
 """
 
 import copy
@@ -37,7 +38,7 @@ SPEC: dict[str, Any] = {
     "encoder": {"kind": "token_embedding", "vocabulary": 9},
     "layers": [LAYER, {**LAYER, "bypass": "identity"}],
 }
-# By themselves, and below a root, which alone frees what it gathered after a forward pass.
+# Parts alone, and parts below a root; only below a root are gathered parameters freed after a forward pass.
 SHARDED: dict[str, Callable[[Any], list[nn.Module]]] = {
     "sub-module": lambda model: [model.layers[0].routed.submodules["gau"]],
     "sub-modules below the model": lambda model: [*model.layers[0].routed.submodules.values(), model],
@@ -74,7 +75,7 @@ def _equal(found: Tensor, wanted: Tensor) -> None:
 
 
 def _train(model: Any, whole: Any, ids: Tensor, valid: Tensor) -> int:
-    """Gradients are the mean over the ranks, at every parameter, also where this rank ran nothing."""
+    """The gradient of every parameter is the mean over the ranks, even if this rank activated nothing."""
     output = model(ids, valid)
     output.logits.square().sum().backward()
     whole(ids, valid).logits.square().sum().backward()
@@ -90,7 +91,7 @@ def _train(model: Any, whole: Any, ids: Tensor, valid: Tensor) -> int:
 
 @torch.no_grad()
 def _evaluate(model: Any, whole: Any, ids: Tensor, valid: Tensor) -> int:
-    """Whole rows, then a stream in chunks of several sizes."""
+    """Compare whole rows, then a stream in chunks of several sizes."""
     output = model(ids, valid)
     _equal(output.logits, whole(ids, valid).logits)
     state, other = model.init_state(ids.shape[0]), whole.init_state(ids.shape[0])
@@ -102,7 +103,7 @@ def _evaluate(model: Any, whole: Any, ids: Tensor, valid: Tensor) -> int:
 
 
 def _steer(model: Any, whole: Any, ids: Tensor, valid: Tensor) -> int:
-    """Budgets read the temperatures of routers that are sharded; the second rank has a batch less."""
+    """Budgets read the temperatures of sharded routers; the second rank has one batch less."""
     from sma.budget import BudgetController, BudgetSpec
     from sma.calibration import calibrate
 
@@ -120,7 +121,7 @@ WORK = {"training": _train, "evaluation": _evaluate, "budgets": _steer}
 
 
 def _run(rank: int, folder: str, work: str, names: list[str]) -> None:
-    from sma import build  # here, because the suite's shape checker must come first in the process that runs the tests
+    from sma import build  # here, because the suite must install its shape checker before sma is imported
 
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -132,7 +133,7 @@ def _run(rank: int, folder: str, work: str, names: list[str]) -> None:
         for part in SHARDED[name](model):
             fully_shard(part)
         ids = torch.randint(9, (3, 12), generator=generator(rank))
-        # A row without a valid token activates nothing, whatever the routers say.
+        # A row without a valid token activates nothing, at any router parameters.
         active = WORK[work](model, whole, ids, torch.full((3, 12), rank == 0))
         assert (active > 0) == (rank == 0), active
         dist.barrier()
@@ -140,7 +141,7 @@ def _run(rank: int, folder: str, work: str, names: list[str]) -> None:
 
 
 def main(folder: str, work: str, names: list[str]) -> None:
-    """Run both ranks; each raises what is wrong."""
+    """Run both ranks; each raises on a mismatch."""
     torch.multiprocessing.spawn(_run, (folder, work, names), nprocs=RANKS)
     print("equal")
 
@@ -148,7 +149,7 @@ def main(folder: str, work: str, names: list[str]) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("work", list(WORK))
-def test_a_rank_without_active_tokens_calls_what_is_sharded(tmp_path, work):
+def test_a_rank_without_active_tokens_calls_the_sharded_parts(tmp_path, work):
     folder = Path(__file__).resolve().parents[2]
     command = [sys.executable, "-m", "tests.test_sma.test_sharded", str(tmp_path), work, *SHARDED]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=580)

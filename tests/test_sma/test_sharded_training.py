@@ -1,5 +1,6 @@
-"""Training with FSDP2 on two ranks, one of which activates nothing, equals training in one process; and its sharded
-checkpoint resumes, and becomes a model folder.
+"""Training with FSDP2 on two ranks, one of which activates nothing, equals training in one process.
+
+The sharded checkpoint can be resumed and converted to a model folder.
 """
 
 import subprocess
@@ -23,7 +24,7 @@ UPDATES = 20
 
 
 def _model(dtype: torch.dtype = torch.float64) -> Any:
-    from sma import build  # here, because the suite's shape checker must come first in the process that runs the tests
+    from sma import build  # here, because the suite must install its shape checker before sma is imported
 
     return build(SPEC, seed=0).to(dtype)
 
@@ -50,7 +51,7 @@ def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def _batch(step: int, rank: int, plain: bool) -> tuple[Tensor, Tensor]:
-    """The second rank has no valid token, so that it activates nothing."""
+    """A batch of one rank; the second rank has no valid token and therefore activates nothing."""
     random = generator(RANKS * step + rank)
     x = torch.randn(3, 12, 8, generator=random, dtype=torch.float64) if plain else None
     ids = torch.randint(9, (3, 12), generator=random)
@@ -58,7 +59,7 @@ def _batch(step: int, rank: int, plain: bool) -> tuple[Tensor, Tensor]:
 
 
 def _loss(model: Any, inputs: Tensor, valid: Tensor) -> Tensor:
-    """The sum over the valid tokens."""
+    """The sum of the loss over the valid tokens."""
     output = model(inputs, valid=valid)
     if not hasattr(output, "logits"):
         return (output.values - inputs).square()[valid].sum()
@@ -105,7 +106,7 @@ def _run(rank: int, folder: str) -> None:
 
 
 def _resume(folder: str, rank: int, whole: nn.Module) -> None:
-    """Half of the updates, a sharded checkpoint, and the other half in a new model."""
+    """Train for half of the updates, save a sharded checkpoint, and continue in a new model."""
     half, model = UPDATES // 2, _shard(_model())
     optimizer = _optimizer(model)
     _train(model, optimizer, range(half), rank, False)
@@ -124,7 +125,7 @@ def _resume(folder: str, rank: int, whole: nn.Module) -> None:
 
 
 def main(folder: str) -> None:
-    """Run both ranks; each raises what is wrong."""
+    """Run both ranks; each raises on a mismatch."""
     torch.multiprocessing.spawn(_run, (folder,), nprocs=RANKS)
     print("equal")
 

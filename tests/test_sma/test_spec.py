@@ -1,4 +1,4 @@
-"""Specs: frozen, equal after every round trip, with clear errors."""
+"""Specs are frozen, equal after every round trip, and raise clear errors."""
 
 import copy
 import json
@@ -35,7 +35,7 @@ MODEL: dict[str, Any] = {
 
 @every_kind
 @given(data=st.data())
-def test_spec_survives_every_journey(family, kind, data):
+def test_spec_survives_every_round_trip(family, kind, data):
     spec = data.draw(of_class(kinds(family)[kind]))
     text = dump_yaml(spec)
     journeys = {
@@ -56,7 +56,7 @@ def test_spec_survives_every_journey(family, kind, data):
 
 @every_kind
 @given(data=st.data())
-def test_dump_writes_every_field_out(family, kind, data):
+def test_dump_writes_every_field(family, kind, data):
     spec = data.draw(of_class(kinds(family)[kind]))
     assert set(dump_spec(spec)) == set(type(spec).model_fields)
     assert dump_spec(spec)["kind"] == kind
@@ -98,25 +98,25 @@ class TestFrozen:
     @pytest.mark.parametrize(
         "journey", [lambda spec: spec, copy.deepcopy, lambda spec: pickle.loads(pickle.dumps(spec)), copy.copy]
     )
-    def test_no_mapping_in_it_can_be_changed(self, journey, change):
+    def test_no_mapping_of_a_spec_can_be_changed(self, journey, change):
         spec = journey(LayerSpec.model_validate({"modules": {"a": {"kind": "identity"}}}))
         with pytest.raises(TypeError, match=r"specs are frozen: make a changed copy with spec\.replace\(field=value\)"):
             change(spec.modules)
         assert list(spec.modules) == ["a"]
 
-    def test_changing_what_it_was_made_from_changes_nothing(self):
+    def test_changing_the_source_data_never_changes_a_spec(self):
         modules = {"a": {"kind": "conv"}}
         spec = LayerSpec.model_validate({"modules": modules})
         modules["a"]["kernel_size"], modules["b"] = 9, {"kind": "identity"}
         assert spec == LayerSpec(modules=FrozenDict(a=ConvSpec()))
 
-    def test_equal_specs_have_equal_hashes_in_any_order(self):
+    def test_equal_specs_have_equal_hashes_for_any_order_of_fields(self):
         one, other = ({name: {"kind": "identity"} for name in names} for names in (["a", "b"], ["b", "a"]))
         specs = [LayerSpec.model_validate({"modules": modules}) for modules in (one, other)]
         assert specs[0] == specs[1]
         assert hash(specs[0]) == hash(specs[1])
 
-    def test_replace_validates_its_copy(self):
+    def test_replace_validates_the_copy(self):
         spec = GAUSpec(query_size=2, hidden_size=3)
         assert spec.replace(window=4) == GAUSpec(query_size=2, hidden_size=3, window=4)
         assert spec.window is None
@@ -237,7 +237,7 @@ class TestErrors:
         ],
     )
     @pytest.mark.usefixtures("shipped_kinds")
-    def test_sentence_says_what_where_and_what_to_do(self, data, sentence):
+    def test_message_names_the_mistake_its_place_and_the_remedy(self, data, sentence):
         exactly = f"^{re.escape(sentence)}$"
         with pytest.raises(SpecError, match=exactly):
             load_spec(data)
@@ -314,7 +314,7 @@ class TestFiles:
         assert from_files == [load_spec(MODEL)] * 3
         assert dump_spec(from_files[0]) == dump_spec(from_files[1])
 
-    def test_small_numbers_without_a_point_are_numbers(self, tmp_path):
+    def test_numbers_with_an_exponent_and_no_point_are_numbers(self, tmp_path):
         (tmp_path / "norm.yaml").write_text("{kind: layer_norm, epsilon: 1e-6}")  # a text in YAML 1.1
         assert load_spec(tmp_path / "norm.yaml", "norm") == LayerNormSpec(epsilon=1e-6)
 
@@ -352,12 +352,12 @@ class TestFiles:
             ),
         ],
     )
-    def test_broken_file_is_named(self, tmp_path, text, complaint):
+    def test_broken_file_is_refused(self, tmp_path, text, complaint):
         (tmp_path / "spec.yaml").write_bytes(text)
         with pytest.raises(SpecError, match=complaint):
             load_spec(tmp_path / "spec.yaml")
 
-    def test_missing_file_is_named(self, tmp_path):
+    def test_missing_file_is_refused(self, tmp_path):
         with pytest.raises(
             SpecError, match=r"cannot read '.*none\.yaml': No such file or directory; give the path of a YAML or JS"
         ):

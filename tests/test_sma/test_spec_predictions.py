@@ -1,4 +1,4 @@
-"""What a spec predicts holds for the module it builds: parameters, and the MACs of matmul that torch counts."""
+"""Predictions of a spec against the module that it builds: parameters, and the matmul MACs that torch counts."""
 
 from typing import Any
 
@@ -32,9 +32,7 @@ def _parameters(module: torch.nn.Module) -> int:
 
 
 def _built(make: Any) -> torch.nn.Module | None:
-    """A module, or None where the spec does not fit the width or the sub-modules it is built for, or a language model
-    would look ahead.
-    """
+    """A module, or None if the spec does not fit the width or the sub-modules, or a language model is not causal."""
     try:
         module: torch.nn.Module = make()
     except SpecError as error:
@@ -53,7 +51,7 @@ class TestPredictions:
         ],
     )
     @given(data=st.data())
-    def test_number_of_parameters_is_that_of_the_built_module(self, family, kind, data):
+    def test_number_of_parameters_agrees_with_the_built_module(self, family, kind, data):
         spec, width = data.draw(of_class(kinds(family)[kind], most=6)), data.draw(st.sampled_from([1, 2, 6, 12]))
         if family == "model":
             module, predicted = _built(lambda: build(spec, 0)), spec.num_parameters()
@@ -69,7 +67,7 @@ class TestPredictions:
         "kind", [pytest.param(kind, id=kind) for family, kind, _ in KINDS if family == "sub-module"]
     )
     @given(data=st.data())
-    def test_matmul_macs_are_those_that_torch_counts(self, kind, data):
+    def test_matmul_macs_agree_with_the_count_of_torch(self, kind, data):
         spec = data.draw(of_class(kinds("sub-module")[kind], most=40))
         width, tokens = (
             data.draw(st.sampled_from([1, 4, 12])),
@@ -83,19 +81,19 @@ class TestPredictions:
         assert spec.macs(width, tokens).matmul == counter.get_total_flops() / 2
 
     @given(tokens=st.integers(0, 30), width=st.sampled_from([1, 5]), modules=st.integers(0, 3))
-    def test_macs_of_the_router_are_those_that_torch_counts(self, tokens, width, modules):
+    def test_macs_of_the_router_agree_with_the_count_of_torch(self, tokens, width, modules):
         for spec in (SMARouterSpec(), RandomRouterSpec(rate=0.5)):
             router = spec.build(width, "abc"[:modules])
             with FlopCounterMode(display=False) as counter:
                 router(normal(1, tokens, width, dtype=torch.float32))
             assert tokens * spec.macs_per_token(width, modules) == counter.get_total_flops() / 2
 
-    def test_macs_add_up(self):
+    def test_macs_can_be_added(self):
         total = MACs.sum([MACs(matmul=1, fft=2, elementwise=3), MACs(10, 20, 30), MACs()])
         assert total == MACs(11, 22, 33)
         assert total.total == 66
 
-    def test_macs_of_a_model_are_those_of_its_layers(self):
+    def test_macs_of_a_model_are_the_sum_of_its_layers(self):
         spec = load_spec(MODEL)
         one = spec.layer_specs[0].macs(4, 20, 0.5)
         assert spec.macs(20, 0.5) == MACs.sum([one, one])

@@ -1,4 +1,4 @@
-"""The registry of kinds: registration, errors, and plugins."""
+"""The registry of kinds: registration, errors and plugins."""
 
 import warnings
 from importlib.metadata import EntryPoint
@@ -18,7 +18,7 @@ from sma.spec import Spec, dump_spec, find_kind, kinds
 
 @pytest.fixture
 def registry(monkeypatch):
-    """A registry that forgets what a test registers."""
+    """A registry that drops the kinds of a test at its end."""
     kinds("model")
     monkeypatch.setattr(
         sma.spec, "_registry", {family: dict(members) for family, members in sma.spec._registry.items()}
@@ -27,7 +27,7 @@ def registry(monkeypatch):
 
 @pytest.mark.usefixtures("registry")
 class TestRegistry:
-    def test_registering_makes_a_kind_known_everywhere(self):
+    def test_a_registered_kind_is_available_everywhere(self):
         @register
         class ShiftSpec(SubModuleSpec):
             kind: Literal["shift"] = "shift"
@@ -46,8 +46,8 @@ class TestRegistry:
         assert register(GAUSpec) is GAUSpec
         assert kinds("sub-module")["gau"] is GAUSpec
 
-    def test_a_reloaded_class_takes_the_place_of_its_old_self(self):
-        """A notebook runs a cell twice: another class with the same full name."""
+    def test_a_reloaded_class_replaces_the_old_one(self):
+        """A notebook cell that runs twice defines another class with the same full name."""
         made = []
         for default in (1, 2):
 
@@ -71,7 +71,7 @@ class TestRegistry:
             register(OtherSpec)
         assert kinds("sub-module")["gau"] is GAUSpec
 
-    def test_one_kind_may_stand_in_two_families(self):
+    def test_one_kind_may_exist_in_two_families(self):
         @register
         class SMANormSpec(NormSpec):
             kind: Literal["sma"] = "sma"
@@ -104,7 +104,7 @@ class TestRegistry:
             register(RouterSpec)
 
     @pytest.mark.parametrize("method", ["build", "num_parameters", "macs"])
-    def test_half_written_kind_is_named(self, method):
+    def test_incomplete_kind_is_refused(self, method):
         class HalfSpec(SubModuleSpec):
             kind: Literal["half"] = "half"
 
@@ -114,7 +114,7 @@ class TestRegistry:
         ):
             getattr(HalfSpec(), method)(*[4, 4][: 2 if method == "macs" else 1])
 
-    def test_half_written_router_is_named(self):
+    def test_incomplete_router_is_refused(self):
         class HalfSpec(RouterSpec):
             kind: Literal["half"] = "half"
 
@@ -130,7 +130,7 @@ class TestPlugins:
         monkeypatch.syspath_prepend(tmp_path)
         return EntryPoint(name, name, sma.spec.PLUGINS)
 
-    def test_broken_plugin_warns_and_leaves_the_rest_alone(self, tmp_path, monkeypatch):
+    def test_broken_plugin_warns_and_affects_nothing_else(self, tmp_path, monkeypatch):
         plugin = self._plugin(tmp_path, monkeypatch, "plugin_broken", "raise OSError('no driver')")
         with pytest.warns(
             UserWarning,
@@ -139,7 +139,7 @@ class TestPlugins:
             sma.spec._load_plugin(plugin)
 
     @pytest.mark.usefixtures("registry")
-    def test_plugin_registers_by_being_imported(self, tmp_path, monkeypatch):
+    def test_importing_a_plugin_registers_its_kinds(self, tmp_path, monkeypatch):
         code = """
 from typing import Literal
 from sma import SubModuleSpec, register
@@ -153,7 +153,7 @@ class PlugSpec(SubModuleSpec):
         assert load_spec({"kind": "plug"}, "sub-module").kind == "plug"
 
     @pytest.mark.usefixtures("registry")
-    def test_plugin_that_takes_a_kind_of_ours_is_an_error(self, tmp_path, monkeypatch):
+    def test_plugin_that_redefines_a_built_in_kind_is_refused(self, tmp_path, monkeypatch):
         code = """
 from typing import Literal
 from sma import SubModuleSpec, register
@@ -167,7 +167,7 @@ class ThiefSpec(SubModuleSpec):
         ):
             sma.spec._load_plugin(self._plugin(tmp_path, monkeypatch, "plugin_thief", code))
 
-    def test_package_that_is_not_installed_says_so(self, monkeypatch):
+    def test_a_package_that_is_not_installed_gives_an_error_message(self, monkeypatch):
         monkeypatch.setattr(sma.spec, "_registry", {})
         monkeypatch.setattr(sma.spec, "entry_points", lambda group: [])
         with pytest.raises(

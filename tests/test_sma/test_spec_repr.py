@@ -1,4 +1,4 @@
-"""The repr of a spec is one line with what differs from the defaults, and builds the same spec."""
+"""The repr of a spec is one line with the non-default fields, and evaluates to the same spec."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ SPECS = sorted((Path(__file__).resolve().parents[2] / "recipes" / "specs").glob(
 
 
 def classes(root: type[Spec]) -> dict[str, type[Spec]]:
-    """All classes of specs below one, by name."""
+    """A spec class and all its subclasses, by name."""
     found = {root.__name__: root}
     for child in root.__subclasses__():
         found |= classes(child)
@@ -20,7 +20,7 @@ def classes(root: type[Spec]) -> dict[str, type[Spec]]:
 
 
 @pytest.mark.parametrize("path", [pytest.param(path, id=path.stem) for path in SPECS])
-def test_repr_of_a_model_is_one_short_line_that_builds_the_same_spec(path: Path) -> None:
+def test_repr_of_a_model_is_one_short_line_that_evaluates_to_the_same_spec(path: Path) -> None:
     spec = load_spec(path)
     text = repr(spec)
     assert "\n" not in text
@@ -28,7 +28,7 @@ def test_repr_of_a_model_is_one_short_line_that_builds_the_same_spec(path: Path)
     assert eval(text, dict(classes(Spec))) == spec
 
 
-def test_repr_shows_what_differs_from_the_defaults() -> None:
+def test_repr_shows_non_default_fields_only() -> None:
     assert repr(GAUSpec(query_size=4, hidden_size=8, window=None)) == "GAUSpec(query_size=4, hidden_size=8)"
     assert repr(GAUSpec(query_size=4, hidden_size=8, window=5)) == "GAUSpec(query_size=4, hidden_size=8, window=5)"
     assert repr(LayerSpec()) == "LayerSpec()"

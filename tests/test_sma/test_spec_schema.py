@@ -25,7 +25,7 @@ def _look_up(reference: str, schema: dict[str, Any]) -> Any:
 
 
 def fits(value: Any, rule: dict[str, Any], schema: dict[str, Any]) -> bool:
-    """Whether a value obeys a rule: the words of JSON schema that ours use, and no others."""
+    """Whether a value fits a rule; supports only the keywords of JSON schema that our schemas use."""
     known = {
         "$ref",
         "$schema",
@@ -103,14 +103,14 @@ def _references(node: Any) -> list[str]:
     return [found for item in node for found in _references(item)] if isinstance(node, list) else []
 
 
-def test_every_reference_leads_somewhere():
+def test_every_reference_has_a_definition():
     references = set(_references(SCHEMA))
     assert len(references) > 10
     for reference in references:
         assert isinstance(_look_up(reference, SCHEMA), dict)
 
 
-def test_schema_is_plain_json_that_names_its_dialect():
+def test_schema_is_plain_json_and_names_its_dialect():
     assert json.loads(json.dumps(SCHEMA, allow_nan=False)) == SCHEMA
     assert SCHEMA["$schema"] == "https://json-schema.org/draft/2020-12/schema"
 
@@ -128,7 +128,7 @@ def test_schema_of_every_kind_describes_its_fields(family, kind):
 
 
 @pytest.mark.parametrize("family", families())
-def test_schema_of_a_family_offers_its_kinds(family):
+def test_schema_of_a_family_contains_its_kinds(family):
     offered = {
         choice["$ref"].removeprefix(f"#/$defs/{family}:") for choice in json_schema(family)["$defs"][family]["oneOf"]
     }
@@ -143,7 +143,7 @@ def test_every_dumped_spec_fits_the_schema(family, kind, data):
 
 
 @given(spec=of_family("model"), name=st.sampled_from(["kind", "width", "embedding_dropout", "layers", "wdith"]))
-def test_what_the_schema_refuses_is_refused(spec, name):
+def test_data_that_the_schema_refuses_are_refused_by_load_spec(spec, name):
     wrong = {
         **dump_spec(spec),
         name: {"kind": "sequence_enc", "width": 0, "embedding_dropout": 1.0, "layers": [{"norm": 3}], "wdith": 3}[name],

@@ -24,7 +24,7 @@ def state_of(made: sma.SequenceModel, rows: int = 3) -> sma.State:
     return state
 
 
-def test_every_tensor_comes_back_with_its_dtype(tmp_path: Path) -> None:
+def test_every_tensor_keeps_its_dtype_in_a_round_trip(tmp_path: Path) -> None:
     made = model()
     state = state_of(made)
     sma.save_state(state, tmp_path / "stream.safetensors")
@@ -87,7 +87,7 @@ def test_another_width_and_another_dtype_are_refused(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_file_that_is_none_is_a_sentence(content: bytes | None, complaint: str, tmp_path: Path) -> None:
+def test_a_missing_or_damaged_file_is_refused(content: bytes | None, complaint: str, tmp_path: Path) -> None:
     path = tmp_path / "stream.safetensors"
     if content is not None:
         path.write_bytes(content)
@@ -95,7 +95,7 @@ def test_a_file_that_is_none_is_a_sentence(content: bytes | None, complaint: str
         sma.load_state(path, model().init_state(1))
 
 
-def test_a_pipe_is_no_state_and_is_not_waited_for(tmp_path: Path) -> None:
+def test_a_pipe_is_refused_without_blocking(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(CheckpointError, match="is a named pipe; a plain file is required"):
         sma.load_state(tmp_path / "pipe", model().init_state(1))
@@ -112,7 +112,7 @@ def unbounded() -> sma.SequenceModel:
     ).eval()
 
 
-def test_what_grows_may_be_of_any_length(tmp_path: Path) -> None:
+def test_a_state_that_grows_may_have_any_length(tmp_path: Path) -> None:
     made = unbounded()
     state = state_of(made)
     sma.save_state(state, tmp_path / "stream.safetensors")
@@ -184,7 +184,7 @@ def test_a_state_of_other_sizes_is_refused(tmp_path: Path, name: str, change: An
         sma.load_state(path, made.init_state(1))
 
 
-def test_no_state_is_not_saved(tmp_path: Path, as_users_run: None) -> None:
+def test_none_and_states_on_meta_are_refused(tmp_path: Path, as_users_run: None) -> None:
     made = model()
     with pytest.raises(CheckpointError, match=r"there is no state to save, but None; give model\.init_state"):
         sma.save_state(made(made.encoder.random_inputs(1, 3)).state, tmp_path / "state")  # type: ignore[arg-type,operator]
@@ -195,7 +195,7 @@ def test_no_state_is_not_saved(tmp_path: Path, as_users_run: None) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_states_that_share_memory_and_are_strided_come_back(tmp_path: Path) -> None:
+def test_strided_states_that_share_memory_survive_a_round_trip(tmp_path: Path) -> None:
     made = model()
     one = state_of(made, 1)
     state = one.select(torch.zeros(3, dtype=torch.int64))
@@ -205,7 +205,7 @@ def test_states_that_share_memory_and_are_strided_come_back(tmp_path: Path) -> N
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in named_tensors(state).items())
 
 
-def test_equal_states_have_equal_bytes(tmp_path: Path) -> None:
+def test_equal_states_give_equal_bytes(tmp_path: Path) -> None:
     for made, name in ((model(), "a"), (model(), "b")):
         sma.save_state(made.init_state(1), tmp_path / name)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()

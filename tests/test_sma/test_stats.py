@@ -1,4 +1,4 @@
-"""Statistics of decisions against loops over tokens, and MACs against the specs' own predictions."""
+"""Statistics of decisions against loops over tokens, and MACs against the predictions of specs."""
 
 import math
 from dataclasses import replace
@@ -65,7 +65,7 @@ def test_rates_are_active_valid_tokens_over_valid_tokens(valid):
 
 
 @given(valid=masks(rows=6))
-def test_counts_of_parts_add_up_to_the_count_of_the_whole(valid):
+def test_counts_of_parts_sum_to_the_count_of_the_whole(valid):
     whole, cut = _decisions(valid), valid.shape[0] // 2
     parts = [[_rows(decision, rows) for decision in whole] for rows in (slice(cut), slice(cut, None))]
     added = sum(count_rates(part, mask) for part, mask in zip(parts, (valid[:cut], valid[cut:]), strict=True))
@@ -82,7 +82,7 @@ def _rows(decision: Decision, rows: slice) -> Decision:
     return replace(decision, **changed)
 
 
-def test_rates_by_layer_name_what_each_layer_has():
+def test_rates_by_layer_name_the_sub_modules_of_each_layer():
     active = torch.tensor([[[True, True], [False, True]]])
     decisions = [Decision(active, active.double(), normal(1, 2, 2, 2), active.double(), ("attention", "mlp"))]
     count = count_rates(decisions) + count_rates(decisions)
@@ -97,7 +97,7 @@ def test_active_padding_is_not_counted():
     assert (count_rates([decision], valid).active.item(), activation_rates([decision], valid).item()) == (3, 1.0)
 
 
-def test_counts_without_a_mask_take_every_token():
+def test_counts_without_a_mask_include_every_token():
     valid = torch.ones(2, 5, dtype=torch.bool)
     assert count_rates(_decisions(valid)).by_layer() == count_rates(_decisions(valid), valid).by_layer()
 
@@ -187,12 +187,12 @@ def test_span_does_not_depend_on_the_padding(side):
     assert torch.allclose(attention_span(decision, 2, valid), total / active.sum((0, 1)))
 
 
-def test_a_window_over_sparse_tokens_reaches_further_than_itself():
+def test_a_window_over_sparse_tokens_spans_more_positions():
     active = torch.zeros(1, 1000, 1, dtype=torch.bool)
     active[:, ::10] = True
     sparse = Decision(active, active.double(), normal(1, 1000, 1, 2), active.double(), ("attention",))
     dense = replace(sparse, active=torch.ones_like(active))
-    # Of 100 active tokens, the first 4 reach 0, 10, 20 and 30 back, the others 4 steps of 10.
+    # Of 100 active tokens, the first 4 reach back 0, 10, 20 and 30 positions, the others 4 steps of 10.
     assert attention_span(sparse, 4).item() == pytest.approx((0 + 10 + 20 + 30 + 96 * 40) / 100)
     assert attention_span(dense, 4).item() == pytest.approx((0 + 1 + 2 + 3 + 996 * 4) / 1000)
 
@@ -257,7 +257,7 @@ def test_macs_at_one_rate_are_the_prediction_of_the_spec(rate, length):
     assert count.saved == pytest.approx(1 - count.per_token / count.all_active)
 
 
-def test_macs_take_the_rate_of_every_layer_and_module():
+def test_macs_use_the_rate_of_every_layer_and_module():
     spec = load_spec(MODEL)
     rates = [{"attention": 0.5}, {"attention": 0.0, "mlp": 0.1}]
     first, plain, last = spec.layer_specs
@@ -266,14 +266,14 @@ def test_macs_take_the_rate_of_every_layer_and_module():
     assert count_macs(spec, 100, rates).per_token == pytest.approx(expected / 100)
 
 
-def test_measured_rates_go_into_the_count():
+def test_macs_can_be_counted_at_measured_rates():
     spec = load_spec(MODEL)
     output = build(spec, seed=0)(torch.zeros(1, 40, dtype=torch.long))
     count = count_macs(spec, 40, count_rates(output.decisions).by_layer())
     assert 0 < count.per_token <= count.all_active
 
 
-def test_nothing_active_saves_what_the_modules_cost():
+def test_without_active_tokens_all_macs_of_the_modules_are_saved():
     data = {
         **MODEL,
         "layers": [

@@ -1,4 +1,4 @@
-"""Strict fields: only numbers are numbers, and only true and false are booleans."""
+"""Strict fields accept only numbers as numbers, and only true and false as booleans."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
@@ -38,7 +38,7 @@ def _of(kind: type) -> list[Any]:
 
 
 @pytest.mark.parametrize(("family", "kind", "field"), [*_of(int), *_of(float)])
-def test_a_word_is_no_number_in_any_kind(family, kind, field):
+def test_text_is_refused_as_a_number_in_every_kind(family, kind, field):
     for value in (True, "7", "yes"):
         with pytest.raises(
             SpecError,
@@ -48,7 +48,7 @@ def test_a_word_is_no_number_in_any_kind(family, kind, field):
 
 
 @pytest.mark.parametrize(("family", "kind", "field"), _of(bool))
-def test_a_word_or_number_is_no_switch_in_any_kind(family, kind, field):
+def test_text_and_numbers_are_refused_as_booleans_in_every_kind(family, kind, field):
     for value in ("yes", "true", 1, 0):
         with pytest.raises(SpecError, match=rf"{field}={value!r}: input should be a valid boolean"):
             load_spec({"kind": kind, field: value}, family)
@@ -66,7 +66,7 @@ def test_a_word_or_number_is_no_switch_in_any_kind(family, kind, field):
         pytest.param(lambda value: {"named": {"a": value}}, id="in a mapping"),
     ],
 )
-def test_a_word_is_no_number_wherever_it_stands(fields, value):
+def test_text_is_refused_as_a_number_at_any_depth(fields, value):
     with pytest.raises(SpecError, match=r"input should be a valid (integer|number)"):
         _Fields(**fields(value))
 
@@ -86,7 +86,7 @@ def test_a_word_is_no_number_wherever_it_stands(fields, value):
         ("switch", np.True_, True),
     ],
 )
-def test_numbers_of_every_sort_are_numbers(field, value, made):
+def test_numbers_of_every_type_are_accepted(field, value, made):
     found = getattr(_Fields(**{field: value}), field)
     assert (found, type(found)) == (made, type(made))
 
@@ -94,14 +94,14 @@ def test_numbers_of_every_sort_are_numbers(field, value, made):
 @pytest.mark.parametrize(
     ("field", "value"), [(field, value) for field in ("whole", "number") for value in (2**63, -(2**63) - 1, 10**400)]
 )
-def test_number_beyond_64_bits_is_one_short_sentence(field, value):
+def test_a_number_beyond_64_bits_gives_a_short_message(field, value):
     with pytest.raises(SpecError, match=rf"_Fields: {field}=.*: input should be between -2\^63 and 2\^63") as caught:
         _Fields(**{field: value})
     assert len(str(caught.value)) < 400
 
 
 @pytest.mark.parametrize("value", [1e20, -1e300])
-def test_large_float_is_no_integer(value):
+def test_a_large_float_is_refused_as_an_integer(value):
     with pytest.raises(SpecError, match=r"whole=.*: input should be between -2\^63 and 2\^63"):
         _Fields(whole=value)
 
@@ -114,7 +114,7 @@ def test_large_float_is_no_integer(value):
         pytest.param({None: {}}, id="None"),
     ],
 )
-def test_name_that_is_no_text_is_named(modules: Mapping[Any, Any]):
+def test_a_name_that_is_not_text_is_refused(modules: Mapping[Any, Any]):
     with pytest.raises(
         SpecError, match=r"LayerSpec in modules: the name (True|1|None) must be a text; modules: the routed sub-modules"
     ):
@@ -143,7 +143,7 @@ def test_a_spec_may_have_a_union_with_a_discriminator():
 
 
 @pytest.mark.parametrize("value", [2024, 1e-3, True])
-def test_a_number_that_stands_for_a_text_is_to_be_quoted(value):
+def test_a_number_in_place_of_text_gives_a_hint_about_quotes(value):
     with pytest.raises(
         SpecError,
         match=rf"^TextSettings: file={value!r}: input should be a valid string; "

@@ -1,4 +1,4 @@
-"""States as values: rows, sizes, and errors; the defaults of a sub-module."""
+"""States as values: rows, sizes and errors; the defaults of a sub-module."""
 
 import re
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ class Outer(State):
 
 
 def state(rows: int = 4) -> Outer:
-    """Row b holds b + 1 everywhere."""
+    """A state in which all values of row b are b + 1."""
     numbers = torch.arange(1, rows + 1)
     inner = Inner((numbers[:, None, None].expand(rows, 2, 3).double().clone(), numbers.float()[:, None].repeat(1, 0)))
     return Outer(numbers, {"a": inner, "b": Inner((numbers.half(),))}, numbers > 0, no_state(rows))
@@ -63,7 +63,7 @@ def test_select_takes_rows_in_the_order_given(rows: list[int]) -> None:
 
 
 @given(order=st.lists(st.integers(0, 3), min_size=4, max_size=4))
-def test_reorder_lets_every_row_go_on_from_another(order: list[int]) -> None:
+def test_reorder_lets_every_row_continue_from_another(order: list[int]) -> None:
     assert rows_of(state().reorder(torch.tensor(order))) == [{float(row + 1)} for row in order]
 
 
@@ -82,7 +82,7 @@ def test_reorder_takes_one_row_for_every_row(shape: tuple[int, ...]) -> None:
 
 
 @given(mask=st.lists(st.booleans(), min_size=4, max_size=4), twice=st.booleans())
-def test_reset_puts_rows_back_to_zero_and_no_others(mask: list[bool], twice: bool) -> None:
+def test_reset_sets_the_given_rows_to_zero_and_no_others(mask: list[bool], twice: bool) -> None:
     whole, chosen = state(), torch.tensor(mask)
     numbers = chosen.nonzero().squeeze(1)
     for rows in (chosen, torch.cat([numbers, numbers]) if twice else numbers):
@@ -136,7 +136,7 @@ def test_reset_puts_rows_back_to_zero_and_no_others(mask: list[bool], twice: boo
         ),
     ],
 )
-def test_rows_devices_and_dtypes_that_a_state_cannot_have_are_named(
+def test_rows_devices_and_dtypes_that_a_state_cannot_have_are_refused(
     change: Any, complaint: str, as_users_run: None
 ) -> None:
     with pytest.raises(InputError, match=f"^{re.escape(complaint)}"):
@@ -150,7 +150,7 @@ def test_rows_may_be_integers_of_any_dtype(dtype: torch.dtype, as_users_run: Non
     assert same_bits(state().reset(rows), state().reset(rows.long()))
 
 
-def test_reset_forgets_what_is_not_finite() -> None:
+def test_reset_removes_non_finite_values() -> None:
     broken = Inner((torch.full((2, 3), torch.nan), torch.full((2,), torch.inf)))
     assert rows_of(broken.reset(torch.tensor([True, True]))) == [{0.0}, {0.0}]
 
@@ -161,7 +161,7 @@ def test_num_bytes_counts_every_tensor() -> None:
     assert no_state(7).batch_size == 7
 
 
-def test_detach_cuts_the_graph_and_keeps_the_numbers() -> None:
+def test_detach_cuts_the_graph_and_keeps_the_values() -> None:
     leaf = torch.ones(2, 3, requires_grad=True)
     grown = Inner((leaf * 2, leaf[:, 0] * 3))
     found = grown.detach()
@@ -171,7 +171,7 @@ def test_detach_cuts_the_graph_and_keeps_the_numbers() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
-def test_to_a_dtype_converts_floating_point_numbers_alone(dtype: torch.dtype) -> None:
+def test_to_a_dtype_converts_floating_point_tensors_only(dtype: torch.dtype) -> None:
     found = state().to(dtype)
     assert {tensor.dtype for tensor in tensors(found) if tensor.is_floating_point()} == {dtype}
     assert (found.seen.dtype, found.flags.dtype, found.nothing.rows.dtype) == (torch.int64, torch.bool, torch.bool)
@@ -200,7 +200,7 @@ def test_states_cannot_be_changed() -> None:
 
 
 class TokenWise(SubModule):
-    """A causal sub-module that defines no state of its own."""
+    """A causal sub-module that defines no state."""
 
     causal = True
 
@@ -212,7 +212,7 @@ class LookingAhead(SubModule):
     """A sub-module without a spec that is not causal."""
 
 
-def test_a_token_wise_sub_module_inherits_a_state_of_nothing() -> None:
+def test_a_token_wise_sub_module_inherits_an_empty_state() -> None:
     made = TokenWise().init_state(3)
     assert isinstance(made, NoState)
     assert (made.batch_size, made.num_bytes) == (3, 0)
@@ -228,9 +228,9 @@ def test_a_sub_module_without_a_spec_that_looks_ahead_is_named_by_its_class() ->
         LookingAhead().init_state(1)
 
 
-def test_a_part_may_be_left_out_only_where_nobody_would_notice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_may_be_skipped_only_if_no_gradient_hook_or_rank_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     part = TokenWise()
-    assert not may_skip(part)  # its parameters need a gradient of zeros
+    assert not may_skip(part)  # the parameters need zero gradients
     with torch.no_grad():
         assert may_skip(part)
         for watch in (
@@ -244,4 +244,4 @@ def test_a_part_may_be_left_out_only_where_nobody_would_notice(monkeypatch: pyte
             handle.remove()
             assert may_skip(part)
         monkeypatch.setattr(distributed, "is_initialized", lambda: True)
-        assert not may_skip(part)  # its parameters may be sharded over the ranks
+        assert not may_skip(part)  # the parameters may be sharded over the ranks

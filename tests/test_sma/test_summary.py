@@ -1,4 +1,4 @@
-"""Reprs: one line for every output, and the settings of every module."""
+"""The repr of every output is one line, and that of every module shows its settings."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -47,7 +47,7 @@ def _streaming(layers: int = 2) -> sma.SequenceModel:
     return sma.build(spec, seed=0)
 
 
-def test_a_decision_tells_its_shape_names_and_rates():
+def test_a_decision_shows_its_shape_names_and_rates():
     assert repr(_half()) == "Decision(B=2, L=50, rates={'attention': 0.5, 'mlp': 0.5}, dtype=float64, device='cpu')"
 
 
@@ -57,14 +57,14 @@ def test_a_decision_without_tokens_has_rates_of_zero(shape):
     assert f"B={shape[0]}, L={shape[1]}, rates={rates}" in repr(_decision(torch.zeros(shape, dtype=torch.bool)))
 
 
-def test_many_or_long_names_are_cut():
+def test_many_or_long_names_are_truncated():
     names = tuple(f"{place}{'x' * 500}" for place in range(100))
     text = repr(_decision(torch.zeros(1, 2, 100, dtype=torch.bool), names))
     assert "... 92 more" in text
     assert len(text) < 2000
 
 
-def test_numbers_that_are_not_known_yet_are_left_out(monkeypatch):
+def test_values_that_cannot_be_read_are_omitted(monkeypatch):
     decision, counts = _half(), count_rates([_half()])
     for move in (lambda tensor: tensor.to("meta"), FakeTensorMode().from_tensor):
         assert "B=2, L=50, names=['attention', 'mlp'], dtype=float64" in repr(tree_map(move, decision))
@@ -81,12 +81,12 @@ def test_numbers_that_are_not_known_yet_are_left_out(monkeypatch):
     assert "names=['attention', 'mlp']" in repr(decision)
 
 
-def test_placeholders_of_a_tracer_are_shown_as_they_are():
+def test_placeholders_of_a_tracer_are_shown_unchanged():
     assert "active=3" in repr(tree_map(lambda _: 3, _half()))
     assert "values=3" in repr(tree_map(lambda _: 3, rectangular(normal(2, 3, 4))))
 
 
-def test_ragged_tokens_tell_their_layout():
+def test_ragged_tokens_show_their_layout():
     x = normal(2, 5, 8)
     active = torch.tensor([[True] * 5, [True, False, True, False, False]])
     assert repr(compress(x, active)) == "Ragged(values=float64[7, 8], rows=2, packed, device='cpu')"
@@ -97,7 +97,7 @@ def test_ragged_tokens_tell_their_layout():
     assert repr(compress(x[:0], active[:0])).startswith("Ragged(values=float64[0, 8], rows=0, ")
 
 
-def test_a_count_tells_the_rates_of_every_layer():
+def test_a_count_shows_the_rates_of_every_layer():
     counts = count_rates([_half(), _decision(_half().active[..., :1], ("conv",))])
     assert repr(counts) == "RateCount(rates=({'attention': 0.5, 'mlp': 0.5}, {'conv': 0.5}), valid=100)"
 
@@ -110,7 +110,7 @@ def test_every_output_and_state_is_one_short_line():
     assert layer is not None
     found: list[Any] = [output, layer(hidden, state=layer.init_state(3)), routed(hidden, state=routed.init_state(3))]
     todo = [*found]
-    while todo:  # every state inside of them too
+    while todo:  # with all nested states
         value = todo.pop()
         inner = (
             value.values()
@@ -140,7 +140,7 @@ def test_every_output_and_state_is_one_short_line():
         assert len(text) < 400, text
 
 
-def test_a_state_tells_dtype_and_shape_of_its_tensors():
+def test_a_state_shows_dtype_and_shape_of_its_tensors():
     state = _streaming().init_state(3).layers[0]
     recent = "Cache(entries=(float32[3, 3, 8]), seen=int64[3], grows=False, device='cpu')"
     assert repr(state.backbone) == "EMAState(hidden=float32[3, 8, 16], recent=" + recent + ", device='cpu')"
@@ -155,7 +155,7 @@ class _Told(State):
         return "told by its author"
 
 
-def test_the_repr_of_an_author_is_kept():
+def test_a_custom_repr_is_kept():
     assert repr(_Told(torch.zeros(2))) == "told by its author"
 
 
@@ -181,7 +181,7 @@ def test_modules_show_the_settings_of_their_specs():
         assert line in shown
 
 
-def test_the_module_of_a_third_party_shows_its_settings_though_it_keeps_no_spec():
+def test_a_third_party_module_without_a_spec_attribute_shows_its_settings():
     class _GainSpec(SubModuleSpec):
         kind: Literal["summary_gain"] = "summary_gain"
         gain: float = 2.0

@@ -1,6 +1,4 @@
-"""Files of tensors: compatible with the library safetensors in both directions, with errors for damaged
-files.
-"""
+"""Files of tensors are compatible with the library safetensors in both directions; damaged files raise errors."""
 
 import json
 import struct
@@ -30,14 +28,14 @@ def _raw(tensor: torch.Tensor) -> Any:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
-def test_the_library_reads_what_is_written_here(tmp_path):
+def test_safetensors_reads_our_files(tmp_path):
     write_tensors(tmp_path / "file", TENSORS, METADATA)
     found = load_file(tmp_path / "file")
     assert found.keys() == TENSORS.keys()
     assert all(_same(found[name], tensor) for name, tensor in TENSORS.items())
 
 
-def test_what_the_library_writes_is_read_here(tmp_path):
+def test_files_of_safetensors_can_be_read(tmp_path):
     save_file(TENSORS, tmp_path / "file", metadata=METADATA)
     with open_tensors(tmp_path / "file") as file:
         assert file.metadata == METADATA
@@ -56,12 +54,12 @@ def test_what_the_library_writes_is_read_here(tmp_path):
     ],
     ids=["transposed", "expanded", "strided", "conjugate", "view"],
 )
-def test_any_layout_is_written_as_its_values(tmp_path, tensor):
+def test_tensors_of_any_layout_are_written_by_value(tmp_path, tensor):
     write_tensors(tmp_path / "file", {"it": tensor}, {})
     assert torch.equal(load_file(tmp_path / "file")["it"], tensor)
 
 
-def test_bytes_depend_on_the_content_alone(tmp_path):
+def test_bytes_depend_on_the_content_only(tmp_path):
     write_tensors(tmp_path / "one", TENSORS, METADATA)
     write_tensors(tmp_path / "two", dict(reversed(TENSORS.items())), dict(reversed(METADATA.items())))
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
@@ -73,7 +71,7 @@ def test_every_tensor_is_aligned(tmp_path):
         assert all(entry.start % entry.dtype.itemsize == 0 for entry in file.entries.values())
 
 
-def test_a_tensor_is_read_as_writable_memory_of_its_own(tmp_path):
+def test_a_tensor_is_read_into_separate_writable_memory(tmp_path):
     write_tensors(tmp_path / "file", TENSORS, {})
     with open_tensors(tmp_path / "file") as file:
         tensor = file.read("of F32")
@@ -81,7 +79,7 @@ def test_a_tensor_is_read_as_writable_memory_of_its_own(tmp_path):
     assert tensor.add_(1)[0, 0] == 1
 
 
-def test_a_file_that_is_replaced_while_it_is_open_is_read_as_it_was(tmp_path):
+def test_a_file_that_is_replaced_while_open_gives_the_old_content(tmp_path):
     write_tensors(tmp_path / "file", {"it": torch.ones(99999)}, {"which": "old"})
     write_tensors(tmp_path / "new", {"it": torch.zeros(2)}, {"which": "new"})
     with open_tensors(tmp_path / "file") as file:
@@ -90,7 +88,7 @@ def test_a_file_that_is_replaced_while_it_is_open_is_read_as_it_was(tmp_path):
         assert torch.equal(file.read("it"), torch.ones(99999))
 
 
-def test_a_dtype_that_the_format_has_not_is_refused(tmp_path):
+def test_a_dtype_that_the_format_lacks_is_refused(tmp_path):
     with pytest.raises(
         CheckpointError, match=r"'it' has the dtype torch\.complex128, which safetensors does not support; convert it"
     ):
@@ -98,7 +96,7 @@ def test_a_dtype_that_the_format_has_not_is_refused(tmp_path):
     assert not (tmp_path / "file").exists()
 
 
-def test_a_file_that_is_cut_while_it_is_read_is_named(tmp_path):
+def test_a_file_that_is_truncated_during_reading_is_refused(tmp_path):
     write_tensors(tmp_path / "file", {"it": torch.zeros(99999)}, {})
     with open_tensors(tmp_path / "file") as file:
         (tmp_path / "file").open("rb+").truncate(5000)
@@ -172,7 +170,7 @@ def _entry(**changes: Any) -> dict[str, Any]:
         pytest.param(_file({"a": _entry()}, bytes(7)), "and its tensors end at", id="fewer bytes"),
     ],
 )
-def test_damage_is_named(tmp_path: Path, content: bytes, complaint: str) -> None:
+def test_a_damaged_file_is_refused(tmp_path: Path, content: bytes, complaint: str) -> None:
     (tmp_path / "file").write_bytes(content)
     with pytest.raises(CheckpointError, match=complaint) as caught, open_tensors(tmp_path / "file"):
         pass

@@ -1,4 +1,4 @@
-"""The conformance kit passes what is right, and finds each bug that was put into a sub-module on purpose."""
+"""The conformance kit accepts correct sub-modules and detects each deliberate bug."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ def test_every_kind_of_the_zoo_conforms(name: str, as_users_run: None) -> None:
     check_submodule(SPECS[name], effort=4)
 
 
-def test_no_kind_of_the_zoo_is_left_out() -> None:
+def test_every_kind_of_the_zoo_is_tested() -> None:
     ours = {kind for kind, spec in kinds("sub-module").items() if spec.__module__.startswith("sma.modules.")}
     assert {spec.kind for spec in SPECS.values()} == ours
 
@@ -73,7 +73,7 @@ def test_models_conform(name: str, as_users_run: None) -> None:
 
 
 class Mean(SubModule):
-    """The running mean of a row's tokens: right, and the base of what is wrong below."""
+    """The running mean of the tokens of a row: a correct sub-module and the base of the broken ones."""
 
     causal = True
 
@@ -108,7 +108,7 @@ class MeanState(State):
 
 
 class Leak(Mean):
-    """Sees the whole row."""
+    """Depends on the whole row."""
 
     def forward(self, tokens: Ragged, state: State | None = None) -> tuple[Tensor, State | None]:
         values, after = super().forward(tokens, state)
@@ -117,14 +117,14 @@ class Leak(Mean):
 
 
 class Stale(Mean):
-    """Returns the state it was given."""
+    """Returns the given state unchanged."""
 
     def forward(self, tokens: Ragged, state: State | None = None) -> tuple[Tensor, State | None]:
         return super().forward(tokens, state)[0], state
 
 
 class Forgetful(Mean):
-    """Takes a state and returns none."""
+    """Accepts a state and returns none."""
 
     def forward(self, tokens: Ragged, state: State | None = None) -> tuple[Tensor, State | None]:
         return super().forward(tokens, state)[0], None
@@ -141,7 +141,7 @@ class Overwriting(Mean):
 
 
 class Padded(Mean):
-    """Takes holes for tokens."""
+    """Treats holes as tokens."""
 
     def forward(self, tokens: Ragged, state: State | None = None) -> tuple[Tensor, State | None]:
         values, after = super().forward(tokens, state)
@@ -162,7 +162,7 @@ class Slotted(SubModule):
 
 
 class Unused(Mean):
-    """Leaves a parameter out where there is no token."""
+    """Does not use a parameter if there is no token."""
 
     def forward(self, tokens: Ragged, state: State | None = None) -> tuple[Tensor, State | None]:
         if tokens.values.shape[0] == 0:
@@ -171,7 +171,7 @@ class Unused(Mean):
 
 
 class Mixing(Mean):
-    """Adds something of the first row to the others."""
+    """Adds the sum over all rows to every token."""
 
     def forward(self, tokens: Ragged, state: State | None = None) -> tuple[Tensor, State | None]:
         values, after = super().forward(tokens, state)
@@ -236,7 +236,7 @@ class _Wrong(torch.autograd.Function):
 
 
 class WrongGradient(Mean):
-    """A backward that does not belong to its forward."""
+    """Has a backward that is not the derivative of its forward."""
 
     def forward(self, tokens: Ragged, state: State | None = None) -> tuple[Tensor, State | None]:
         values, after = super().forward(tokens, state)
@@ -244,7 +244,7 @@ class WrongGradient(Mean):
 
 
 class Pretending(Mean):
-    """Declares that it looks ahead, but makes a state."""
+    """Declares causal=False, but creates a state."""
 
     causal = False
 
@@ -274,7 +274,7 @@ def test_a_submodule_without_a_spec_conforms(as_users_run: None) -> None:
         (Pretending, "refuses_a_state_unless_causal"),
     ],
 )
-def test_the_kit_finds_the_bug(
+def test_the_kit_detects_the_bug(
     broken: Callable[[int], SubModule], law: str, monkeypatch: pytest.MonkeyPatch, as_users_run: None
 ) -> None:
     (one,) = (each for each in SUBMODULE_LAWS if each.__name__ == law)
@@ -300,14 +300,14 @@ class WrongSpec(SubModuleSpec):
         return width + 1
 
 
-def test_the_kit_finds_a_wrong_prediction_and_says_so(as_users_run: None) -> None:
+def test_the_kit_reports_a_wrong_prediction(as_users_run: None) -> None:
     with pytest.raises(
         ConformanceError, match="spec_predicts_and_survives: num_parameters predicts 5, and the sub-module has 4"
     ):
         check_submodule(WrongSpec())
 
 
-def test_the_kit_finds_a_leak_in_a_model(monkeypatch: pytest.MonkeyPatch, as_users_run: None) -> None:
+def test_the_kit_detects_a_leak_in_a_model(monkeypatch: pytest.MonkeyPatch, as_users_run: None) -> None:
     from sma.modules.conv import Conv
 
     whole = Conv.forward
@@ -321,5 +321,5 @@ def test_the_kit_finds_a_leak_in_a_model(monkeypatch: pytest.MonkeyPatch, as_use
     assert {"never_looks_ahead", "chunks_equal_the_whole", "rows_are_independent"} <= set(caught.value.broken)
 
 
-def test_a_stateless_part_keeps_the_number_of_its_rows() -> None:
+def test_an_empty_state_has_the_number_of_selected_rows() -> None:
     assert NoState(torch.zeros(3, 0, dtype=torch.bool)).select(torch.tensor([2, 0])).batch_size == 2

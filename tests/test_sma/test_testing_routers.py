@@ -1,4 +1,4 @@
-"""The kit passes every router of ours, and finds each bug that was put into a router on purpose."""
+"""The conformance kit accepts every built-in router and detects each deliberate bug."""
 
 import re
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ EXEMPT = {
 
 
 @routers()
-def test_every_router_of_ours_conforms(spec: RouterSpec, as_users_run: None) -> None:
+def test_every_built_in_router_conforms(spec: RouterSpec, as_users_run: None) -> None:
     check_router(spec, exempt=EXEMPT.get(spec.kind, []), effort=4)
 
 
@@ -33,7 +33,7 @@ def test_a_router_without_a_spec_conforms(as_users_run: None) -> None:
 @pytest.mark.parametrize(
     ("broken", "law"), [pytest.param(*case, id=f"{case[0].__name__}-{case[1]}") for case in BROKEN]
 )
-def test_the_kit_finds_the_bug(broken: type[Rising], law: str, as_users_run: None) -> None:
+def test_the_kit_detects_the_bug(broken: type[Rising], law: str, as_users_run: None) -> None:
     with pytest.raises(ConformanceError, match=rf"^the router .*{broken.__name__}'> breaks 1 of 1 laws:\n  {law}: "):
         check_router(broken, effort=6, exempt=LAWS - {law})
 
@@ -48,7 +48,7 @@ class MiscountedSpec(RouterSpec):
         return width
 
 
-def test_the_kit_finds_a_wrong_prediction_and_says_so(as_users_run: None) -> None:
+def test_the_kit_reports_a_wrong_prediction(as_users_run: None) -> None:
     sentence = (
         f"the router 'miscounted' breaks 1 of {len(LAWS)} laws:\n"
         "  spec_predicts_and_survives: num_parameters predicts 4, and the router has 10"
@@ -61,11 +61,11 @@ def test_every_law_has_a_router_that_breaks_it() -> None:
     assert {law for _, law in BROKEN} | {"spec_predicts_and_survives"} == LAWS
 
 
-def test_a_law_that_a_router_is_exempt_from_is_not_tried(as_users_run: None) -> None:
+def test_laws_from_which_a_router_is_exempt_are_not_tested(as_users_run: None) -> None:
     check_router(Tied, exempt=["ties_are_inactive"], effort=2)
 
 
-def test_exemption_from_a_law_that_does_not_exist_is_refused() -> None:
+def test_exemption_from_an_unknown_law_is_refused() -> None:
     sentence = (
         "there is no law 'ties_are_active' to be exempt from; "
         "did you mean 'ties_are_inactive'? laws: returns_a_decision, "

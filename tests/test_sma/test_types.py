@@ -1,4 +1,4 @@
-"""Types that an editor sees: it completes the results of layers and models, and knows the fields of a spec."""
+"""Static types: the results of layers and models, and the fields of specs."""
 
 import subprocess
 import sys
@@ -46,7 +46,7 @@ sma.modules.GAUSpec(query_size=4, hidden_sise=8)
 
 
 @pytest.mark.slow
-def test_type_checkers_know_results_and_fields(tmp_path: Path) -> None:
+def test_type_checkers_infer_results_and_fields(tmp_path: Path) -> None:
     for name, program in (("results.py", RESULTS), ("typo.py", TYPO)):
         (tmp_path / name).write_text(program)
     paths = [str(tmp_path / name) for name in ("results.py", "typo.py")]
@@ -57,7 +57,7 @@ def test_type_checkers_know_results_and_fields(tmp_path: Path) -> None:
     assert 'typo.py:4: error: Unexpected keyword argument "hidden_sise" for "GAUSpec"' in errors[0]
 
 
-def test_the_zoo_is_imported_where_it_is_first_used() -> None:
+def test_the_zoo_is_imported_at_its_first_use() -> None:
     program = "import sys, sma; print('sma.modules' in sys.modules, sma.modules.GAUSpec.__name__, hasattr(sma, 'gau'))"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.stdout == "False GAUSpec False\n", done.stderr

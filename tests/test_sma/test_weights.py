@@ -1,4 +1,4 @@
-"""Wrapped or changed models: saved with their computed weights, or refused without a change of the old model."""
+"""Wrapped or modified models are saved with their effective weights, or refused without changing the old file."""
 
 import copy
 import warnings
@@ -33,7 +33,7 @@ def _attention(model: SequenceModel) -> Any:
 
 
 def _then(change: Callable[[Any], Any]) -> Callable[[SequenceModel], nn.Module]:
-    """What changes a model in place, as what returns one."""
+    """Turn a function that changes a model in place into one that returns the model."""
 
     def changed(model: SequenceModel) -> nn.Module:
         change(model)
@@ -66,14 +66,14 @@ def _prune_twice(model: Any) -> None:
 
 
 def _stale_norm(model: Any) -> None:
-    """What the old weight norm leaves on its module is older than its parameters."""
+    """The legacy weight norm keeps a computed weight on the module that is older than its parameters."""
     nn.utils.weight_norm(model.head.linear)
     with torch.no_grad():
         model.head.linear.weight_g.mul_(3)
 
 
 class Wrapper(nn.Module):
-    """Of a user, who keeps the model where torch's wrappers keep it, and something else beside it."""
+    """A third-party wrapper with the model in `module`, as in wrappers of torch, and an additional layer."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ IN_PART: dict[str, Callable[[SequenceModel], nn.Module]] = {
 
 @pytest.mark.parametrize("wrap", [pytest.param(wrap, id=name) for name, wrap in WRAPPED.items()])
 @pytest.mark.parametrize("training", [False, True])
-def test_a_wrapped_model_is_saved_as_what_it_computes(tmp_path, wrap, training):
+def test_a_wrapped_model_is_saved_with_its_effective_weights(tmp_path, wrap, training):
     wrapped = wrap(_model()).train(training)
     before = copy.deepcopy(wrapped.state_dict())
     sma.save(wrapped, tmp_path)
@@ -153,7 +153,7 @@ def test_a_layer_used_twice_is_saved_as_two_with_a_warning(tmp_path):
     assert loaded.layers[0].bypass.weight is not loaded.layers[1].bypass.weight
 
 
-def test_weights_that_a_part_shares_by_itself_are_shared_again(tmp_path, monkeypatch):
+def test_weights_that_a_part_shares_are_shared_after_loading(tmp_path, monkeypatch):
     monkeypatch.setattr(
         sma.spec, "_registry", {family: dict(members) for family, members in sma.spec._registry.items()}
     )
@@ -180,7 +180,7 @@ def _register_tied() -> None:
             super().__init__()
             self.first, self.second = nn.Linear(width, width), nn.Linear(width, width)
             self.second.weight = self.first.weight
-            self.scale = float(self.first.weight.detach().numpy().max())  # which looks at values
+            self.scale = float(self.first.weight.detach().numpy().max())  # reads values
 
         def forward(self, tokens: Any, state: Any = None) -> Any:
             return self.second(self.first(tokens.values)), state
@@ -298,7 +298,7 @@ def _weight(value: torch.Tensor) -> Callable[[Any], None]:
     ],
 )
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
-def test_what_cannot_be_loaded_is_refused_and_the_old_model_stays(tmp_path: Path, change: Any, complaint: str) -> None:
+def test_a_model_that_does_not_fit_its_spec_is_never_saved(tmp_path: Path, change: Any, complaint: str) -> None:
     sma.save(_model(7), tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(CheckpointError, match=complaint):
@@ -306,7 +306,7 @@ def test_what_cannot_be_loaded_is_refused_and_the_old_model_stays(tmp_path: Path
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_values_may_be_anything(tmp_path):
+def test_non_finite_weights_can_be_saved(tmp_path):
     model = _model()
     with torch.no_grad():
         model.head.linear.weight.fill_(float("nan"))
@@ -316,7 +316,7 @@ def test_values_may_be_anything(tmp_path):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_model_without_memory_is_the_model(name):
+def test_a_model_built_without_memory_has_the_same_tensors(name):
     built, reference = MODELS[name].build(), build_without_memory(MODELS[name])
     assert [(key, tensor.shape, tensor.dtype) for key, tensor in reference.state_dict().items()] == [
         (key, tensor.shape, tensor.dtype) for key, tensor in built.state_dict().items()

@@ -1,4 +1,4 @@
-"""Plain modules as sub-modules, against loops that call the plain module on each token or row by itself."""
+"""Plain modules as sub-modules, against loops that call the plain module on each token or row separately."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ WIDTH = 4
 
 
 class Convolution(nn.Module):
-    """Over the row; `causal` looks back only."""
+    """A convolution along the row; `causal` uses earlier tokens only."""
 
     def __init__(self, width: int, causal: bool = False) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Convolution(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Takes its mask as transformers does: True, or 1, at tokens."""
+    """Self-attention with the mask of transformers: True, or 1, at tokens."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class SelfAttention(nn.Module):
 
 
 class Mixing(nn.Module):
-    """Subtracts the mean of all tokens that it gets, whichever rows they are of."""
+    """Subtracts the mean of all tokens of the call, over all rows."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Mixing(nn.Module):
 
 
 class Unmasked(nn.Module):
-    """Attends to padding too, because it takes no mask."""
+    """Attends to padding, because it takes no mask."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class Unmasked(nn.Module):
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear map beside a trained one of low rank."""
+    """A frozen linear map plus a trained map of low rank."""
 
     def __init__(self, linear: nn.Linear, rank: int) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ def row_wise(name: str, width: int = WIDTH) -> RowWise:
 
 
 def plain(module: nn.Module, x: Tensor) -> Tensor:
-    """What the module returns of `(1, S, D)` without a mask."""
+    """The result of the module for `(1, S, D)` without a mask."""
     if isinstance(module, nn.MultiheadAttention):
         return module(x, x, x)[0]
     return module(x, torch.ones(x.shape[:2], dtype=torch.bool)) if isinstance(module, SelfAttention) else module(x)
@@ -139,7 +139,7 @@ def test_row_wise_keeps_the_contract(name):
 
 @pytest.mark.parametrize("capacity", [None, 2, 5, 7])
 @pytest.mark.parametrize("name", TOKEN_WISE)
-def test_token_wise_is_the_module_on_each_token(name, capacity):
+def test_token_wise_equals_the_module_on_each_token(name, capacity):
     one = TOKEN_WISE[name](WIDTH).double()
     other = TOKEN_WISE[name](WIDTH).double()
     other.load_state_dict(one.state_dict())
@@ -158,7 +158,7 @@ def test_token_wise_is_the_module_on_each_token(name, capacity):
 @pytest.mark.parametrize("capacity", [None, 2, 5, 7])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", ROW_WISE)
-def test_row_wise_is_the_module_on_the_active_tokens_of_each_row(name, training, capacity):
+def test_row_wise_equals_the_module_on_the_active_tokens_of_each_row(name, training, capacity):
     one, other = row_wise(name).double().train(training), row_wise(name).double().train(training)
     other.load_state_dict(one.state_dict())
     x = torch.randn(3, 5, WIDTH, dtype=torch.float64, requires_grad=True)
@@ -172,7 +172,7 @@ def test_row_wise_is_the_module_on_the_active_tokens_of_each_row(name, training,
     wanted.square().sum().backward()
     assert_close(x.grad, y.grad)
     assert_gradients_agree(one, other)
-    with torch.no_grad():  # the fast path of nn.TransformerEncoderLayer
+    with torch.no_grad():  # this uses the fast path of nn.TransformerEncoderLayer
         assert_close(one(tokens)[0][tokens.mask], wanted.detach())
 
 
@@ -201,7 +201,7 @@ def test_holes_never_reach_a_token_wise_module():
     assert torch.equal(seen[0], torch.cat([x[0, ACTIVE[0]], x[2, :4]]))
 
 
-def test_a_process_group_lets_no_rank_pass_by_a_row_wise_module(tmp_path):
+def test_in_a_process_group_a_row_wise_module_is_called_without_active_tokens(tmp_path):
     part, calls = row_wise("encoder-layer"), []
     part.module.register_forward_hook(lambda _, inputs, __: calls.append(tuple(inputs[0].shape)))
     distributed.init_process_group("gloo", store=distributed.FileStore(str(tmp_path / "s"), 1), rank=0, world_size=1)
@@ -243,8 +243,8 @@ print("equal")
 
 
 @pytest.mark.slow
-def test_a_compiled_layer_with_a_capacity_is_the_eager_one():
-    # In a process of its own, because a compiler cannot trace the shape checker of the tests.
+def test_a_compiled_layer_with_a_capacity_equals_the_eager_one():
+    # In a separate process, because a compiler cannot trace the shape checker of the suite.
     done = subprocess.run([sys.executable, "-c", COMPILED], cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.stdout.strip() == "equal", done.stderr
 
@@ -252,7 +252,7 @@ def test_a_compiled_layer_with_a_capacity_is_the_eager_one():
 @pytest.mark.parametrize("active", ["all", "some"])
 @pytest.mark.parametrize("wrap", [TokenWise, lambda module: RowWise(module, mask_argument=None)])
 def test_modules_that_work_in_place_work_on_a_copy(wrap, active):
-    """The residual stream, and the tokens of the next sub-module, stay as they were."""
+    """The residual stream and the tokens of the next sub-module stay unchanged."""
 
     def routed(inplace: bool) -> sma.SparseModularActivation:
         torch.manual_seed(0)
@@ -270,7 +270,7 @@ def test_modules_that_work_in_place_work_on_a_copy(wrap, active):
     assert_close(results[1], results[0])
 
 
-def test_padding_gives_no_gradient_that_is_not_finite():
+def test_padding_gives_no_non_finite_gradients():
     class Directions(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -286,7 +286,7 @@ def test_padding_gives_no_gradient_that_is_not_finite():
     assert part.module.linear.weight.grad.isfinite().all()
 
 
-def test_width_is_the_size_with_which_a_call_returns_as_many_channels():
+def test_the_inferred_width_is_that_of_inputs_and_outputs():
     class Reversed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -299,7 +299,7 @@ def test_width_is_the_size_with_which_a_call_returns_as_many_channels():
 
 
 @pytest.mark.parametrize("wrap", [TokenWise, lambda module: RowWise(module, mask_argument=None)])
-def test_a_module_that_cannot_reshape_nothing_is_not_called_on_nothing(wrap):
+def test_a_module_is_never_called_on_empty_tensors(wrap):
     class Halves(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x.view(*x.shape[:-1], 2, -1).flip(-2).flatten(-2)
@@ -309,7 +309,7 @@ def test_a_module_that_cannot_reshape_nothing_is_not_called_on_nothing(wrap):
         assert part(compress(torch.randn(shape), torch.zeros(shape[:2], dtype=torch.bool)))[0].shape == (0, WIDTH)
 
 
-def test_an_attention_inside_a_wrapper_gets_query_key_and_value():
+def test_attention_inside_a_wrapper_gets_query_key_and_value():
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
     module = attention(WIDTH)
@@ -320,7 +320,7 @@ def test_an_attention_inside_a_wrapper_gets_query_key_and_value():
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("wrap", [lambda: TokenWise(feed_forward(WIDTH)), lambda: row_wise("encoder-layer")])
-def test_a_script_is_wrapped_as_the_module(wrap):
+def test_a_scripted_module_is_wrapped_like_the_module(wrap):
     one, other, tokens = wrap(), wrap(), compress(torch.randn(3, 5, WIDTH), ACTIVE)
     other.load_state_dict(one.state_dict())
     other.eval()
@@ -329,7 +329,7 @@ def test_a_script_is_wrapped_as_the_module(wrap):
     assert_close(scripted(tokens)[0], other(tokens)[0])
 
 
-def test_a_layer_of_plain_modules_needs_neither_spec_nor_router():
+def test_a_layer_of_plain_modules_requires_neither_spec_nor_router():
     routed = sma.SparseModularActivation("sma", {"mlp": TokenWise(feed_forward(6)), "row": RowWise(encoder_layer(6))})
     assert routed.router.names == ("mlp", "row")
     assert routed(torch.randn(2, 7, 6)).values.shape == (2, 7, 6)
@@ -356,13 +356,13 @@ def test_a_router_may_be_a_kind_or_a_spec():
 
 
 @pytest.mark.usefixtures("as_users_run")
-def test_the_kit_finds_a_module_that_mixes_rows_declared_token_wise():
+def test_the_kit_detects_a_token_wise_module_that_mixes_rows():
     with pytest.raises(ConformanceError, match="rows_are_independent"):
         check_submodule(lambda width: TokenWise(Mixing(width)), effort=5)
 
 
 @pytest.mark.usefixtures("as_users_run")
-def test_the_kit_finds_a_mask_that_is_missing_or_turned_round():
+def test_the_kit_detects_a_missing_or_inverted_mask():
     with pytest.raises(ConformanceError, match="rows_are_independent"):
         check_submodule(lambda width: RowWise(Unmasked(width), mask_argument=None), effort=5)
     with pytest.raises(ConformanceError, match=r"layouts_agree|rows_are_independent"):
@@ -370,7 +370,7 @@ def test_the_kit_finds_a_mask_that_is_missing_or_turned_round():
 
 
 @pytest.mark.parametrize("wrapped", [torch.compile, lambda part: nn.Sequential(part)])
-def test_a_compiled_sub_module_is_one_and_a_container_is_not(wrapped):
+def test_a_compiled_sub_module_is_accepted_and_a_container_is_refused(wrapped):
     part = wrapped(TokenWise(nn.Linear(4, 4)))
     if isinstance(part, nn.Sequential):
         with pytest.raises(InputError, match="is a plain Sequential"):

@@ -1,4 +1,4 @@
-"""What `TokenWise`, `RowWise` and a layer of plain modules refuse, and how they say it."""
+"""Errors of `TokenWise`, `RowWise` and layers of plain modules."""
 
 import re
 from collections.abc import Callable
@@ -42,7 +42,7 @@ def test_a_plain_module_is_refused_with_the_wrapper_that_fits(module, fits):
 
 @pytest.mark.parametrize("wrong", [3, None, nn.GELU, torch.relu])
 @pytest.mark.usefixtures("as_users_run")
-def test_what_is_no_module_is_refused(wrong):
+def test_an_object_that_is_not_a_module_is_refused(wrong):
     with pytest.raises(InputError, match=r"^the sub-module 'mlp' is .*; expected a Module"):
         sma.SparseModularActivation("sma", {"mlp": wrong})
 
@@ -67,7 +67,7 @@ class Wrong(SubModule):
         pytest.param(lambda x: ([x], None), "returned a list as its results", id="list"),
     ],
 )
-def test_a_sub_module_that_returns_something_else_is_named(result, said):
+def test_a_sub_module_with_an_invalid_result_is_refused(result, said):
     routed = sma.SparseModularActivation("always", {"wrong": Wrong(result)}, width=4)
     with pytest.raises(InputError, match=rf"^the sub-module 'wrong' \(Wrong\) returned|{said}") as caught:
         routed(torch.randn(2, 5, 4))
@@ -123,7 +123,7 @@ def test_a_sub_module_that_returns_something_else_is_named(result, said):
     ],
 )
 @pytest.mark.usefixtures("as_users_run")
-def test_what_cannot_be_wrapped_is_refused_when_it_is_built(make, said):
+def test_a_module_that_cannot_be_wrapped_is_refused_at_construction(make, said):
     with pytest.raises(InputError, match=said):
         make()
 
@@ -147,7 +147,7 @@ def test_batch_statistics_are_refused_in_training(wrap):
     assert_close(part(tokens)[0], tokens.values / (1 + 1e-5) ** 0.5)
 
 
-def test_a_wrapped_module_that_returns_something_else_is_named():
+def test_a_wrapped_module_with_an_invalid_result_is_refused():
     tokens = compress(torch.randn(3, 5, WIDTH), ACTIVE)
     with pytest.raises(InputError, match=r"^TokenWise\(Linear\) returned a torch.Tensor of shape \(8, 2\)"):
         TokenWise(nn.Linear(4, 2))(tokens)
@@ -184,12 +184,12 @@ def test_row_wise_refuses_a_state(causal):
         pytest.param("sma", {"a": TokenWise(nn.LazyLinear(4))}, {}, "does not follow", id="lazy"),
     ],
 )
-def test_a_layer_of_something_else_is_refused(router, modules, options, said):
+def test_a_layer_of_invalid_parts_is_refused(router, modules, options, said):
     with pytest.raises(InputError, match=said):
         sma.SparseModularActivation(router, modules, **options)
 
 
-def test_a_plain_module_with_an_attribute_causal_is_plain():
+def test_a_plain_module_with_an_attribute_causal_needs_a_wrapper():
     class Attention(nn.Module):
         causal = True
 
@@ -209,7 +209,7 @@ def test_a_plain_module_with_an_attribute_causal_is_plain():
         pytest.param(lambda x: x.to_sparse(), "expected a floating-point tensor", id="sparse"),
     ],
 )
-def test_results_that_are_no_dense_floats_are_refused(result, said):
+def test_results_that_are_not_dense_floats_are_refused(result, said):
     class Odd(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return result(x)

@@ -1,4 +1,4 @@
-"""YAML text: the values of YAML 1.2, merge keys, bounds, and output with the same meaning in YAML 1.1."""
+"""YAML text: the values of YAML 1.2, merge keys, limits, and output with the same meaning in YAML 1.1."""
 
 import json
 import math
@@ -53,18 +53,18 @@ from sma.yaml_text import LIMIT, NODES, read_fields, read_yaml, write_yaml
         ('"\\ud83d\\ude00"', "\N{GRINNING FACE}"),
     ],
 )
-def test_scalar_means_what_yaml_1_2_says(text, value):
+def test_scalars_have_the_values_of_yaml_1_2(text, value):
     found = read_yaml(f"[{text}]" if text not in ("", "# nothing", ".") else text, "text")
     found = found[0] if isinstance(found, list) else found
     assert (found, type(found)) == (value, type(value))
 
 
-def test_not_a_number_is_one():
+def test_nan_is_a_float():
     assert math.isnan(read_yaml(".nan", "text"))
 
 
 @pytest.mark.parametrize("name", ["on", "off", "yes", "no", "y", "12:30", "1e", "2001-01-01"])
-def test_name_that_yaml_1_1_takes_for_a_value_stays_one(name):
+def test_keys_that_are_values_in_yaml_1_1_stay_text(name):
     assert read_yaml(f"{name}: 1", "text") == {name: 1}
 
 
@@ -87,7 +87,7 @@ def test_name_that_yaml_1_1_takes_for_a_value_stays_one(name):
         pytest.param("b: {'<<': 1}", {"<<": 1}, id="a name in quotes is no merge key"),
     ],
 )
-def test_merge_key_brings_in_the_fields_of_others(text, expected):
+def test_merge_key_adds_the_fields_of_other_mappings(text, expected):
     found = read_yaml(text, "text")["b"]
     assert found == expected
     assert found == yaml.safe_load(text)["b"]
@@ -184,7 +184,7 @@ CHAINED_ALIASES = "a0: &a0 [1]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}]\n" for n i
         pytest.param(f"*{'a' * 100_000}", r"found undefined alias 'a{1,250}\.\.\. \(line 1\)", id="a long name"),
     ],
 )
-def test_what_no_spec_holds_is_refused_in_a_short_sentence(text, complaint):
+def test_values_that_no_spec_can_hold_give_a_short_error_message(text, complaint):
     began = time.process_time()
     with pytest.raises(SpecError, match=rf"^mine\.yaml is not valid YAML: .*{complaint}") as caught:
         read_yaml(text, "mine.yaml")
@@ -204,21 +204,21 @@ def test_what_no_spec_holds_is_refused_in_a_short_sentence(text, complaint):
         pytest.param("a: 1".encode("utf-16"), "mine.yaml is not UTF-8 text; save it as UTF-8", id="UTF-16"),
     ],
 )
-def test_text_that_cannot_be_parsed_is_named(content, complaint):
+def test_text_that_cannot_be_parsed_is_refused(content, complaint):
     with pytest.raises(SpecError, match=complaint) as caught:
         read_yaml(content, "mine.yaml")
     assert len(str(caught.value)) < 500
 
 
 @pytest.mark.parametrize(("content", "what"), [("", "NoneType"), ("[1]", "list"), ("word", "str"), ("3", "int")])
-def test_fields_are_a_mapping(content, what):
+def test_fields_that_are_not_a_mapping_are_refused(content, what):
     with pytest.raises(
         SpecError, match=rf"mine\.yaml must hold a mapping of fields, not {what}; its first line is usually 'kind: …'"
     ):
         read_fields(content, "mine.yaml")
 
 
-def test_byte_order_mark_is_no_part_of_the_text():
+def test_byte_order_mark_is_ignored():
     assert read_yaml(b"\xef\xbb\xbfkind: x", "text") == read_yaml("\ufeffkind: x", "text") == {"kind": "x"}
 
 
@@ -258,10 +258,10 @@ DATA = st.recursive(
 @given(DATA)
 @example({"on": ["1e-3", "12:30", 1e-5, 1e20, "yes", "a\tb", "\x85", "\u2028 x", "x\n y\n", " ", "🙂", "\x00"]})
 @example({"a" * 2000: "b " * 2000})
-def test_what_is_written_is_read_the_same_by_every_reader(data):
+def test_written_text_has_the_same_value_in_every_reader(data):
     text = write_yaml(data)
     for found in (read_yaml(text, "text"), yaml.safe_load(text)):
-        assert repr(found) == repr(data)  # also tells 1 from 1.0 and from true, and 0.0 from -0.0
+        assert repr(found) == repr(data)  # also distinguishes 1, 1.0 and true, and 0.0 from -0.0
 
 
 @given(DATA, st.sampled_from([None, 2, "\t"]))

@@ -10,9 +10,9 @@ from sma.tune.cluster import start_ray
 
 @pytest.fixture(scope="module")
 def two_slots() -> Iterator[None]:
-    """A local cluster of two cores, which a sweep in this process then uses.
+    """A local cluster of two cores, to which sweeps in this process connect.
 
-    Every file has its own, because the end of a cluster in this process also ends the processes of older clusters.
+    Each file starts a cluster, because `ray.shutdown` also ends the processes of earlier clusters of this process.
     """
     os.environ["OMP_NUM_THREADS"] = "1"
     start_ray(num_cpus=2, num_gpus=0, object_store_memory=200 * 2**20)
@@ -22,5 +22,5 @@ def two_slots() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where all sweeps of the session keep their data."""
+    """The data folder of all sweeps of the session."""
     return tmp_path_factory.mktemp("data")

@@ -1,4 +1,4 @@
-"""A sub-module that breaks the training it is part of, in a way of one's choice."""
+"""A sub-module that makes a training fail, by a choice of faults."""
 
 import os
 from typing import Literal

@@ -30,7 +30,7 @@ def small_sweep(settings: dict[str, Any] | None = None, **fields: Any) -> SweepS
 
 
 def write_sweep(folder: Path, settings: dict[str, Any] | None = None) -> Path:
-    """The same as files for the command line; returns that of the sweep."""
+    """Write the small sweep and its experiment as files; returns the path of the sweep."""
     (folder / "experiment.yaml").write_text(yaml.safe_dump(dump_spec(tiny(threads=1))))
     path = folder / "space.yaml"
     path.write_text(
@@ -42,7 +42,7 @@ def write_sweep(folder: Path, settings: dict[str, Any] | None = None) -> Path:
 def done_trial(
     number: int, accuracy: float, rate: float, *, status: str = "finished", updates: int = 30, **values: Any
 ) -> TrialRecord:
-    """The record of a trial as a driver leaves it."""
+    """The record of a trial that a driver has written."""
     metrics = {
         "update": updates,
         "accuracy": accuracy,
@@ -76,14 +76,14 @@ class Few:
 
 
 def few(data: TaskData | Corpus) -> TaskData | Corpus:
-    """The data of a task with little to train and to test on."""
+    """The data of a task with few samples per split."""
     if isinstance(data, Corpus):
         return data._replace(validation=data.validation[:600], test=data.test[:600])
     return data._replace(train=Few(data.train, 64), validation=Few(data.validation, 8), test=Few(data.test, 8))
 
 
 def wait_for(found: Callable[[], Any], seconds: float, what: str) -> Any:
-    """What `found` returns once that is something."""
+    """Call `found` until it returns a true value; returns this value."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if value := found():

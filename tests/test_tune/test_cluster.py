@@ -20,13 +20,13 @@ GPUS = [{"CPU": 16.0, "GPU": 2.0}, {"CPU": 4.0}]
         pytest.param({}, GPUS, 16, Slots(2, 1, 1.0), id="one-gpu-each"),
         pytest.param({"gpus": 0.25}, GPUS, 16, Slots(8, 1, 0.25), id="shares"),
         pytest.param({"gpus": 0.6}, GPUS, 16, Slots(2, 1, 0.6), id="shares-of-one-device"),
-        pytest.param({"gpus": 0, "cpus": 4}, GPUS, 16, Slots(5, 4, 0.0), id="none-wanted"),
+        pytest.param({"gpus": 0, "cpus": 4}, GPUS, 16, Slots(5, 4, 0.0), id="no-gpus-requested"),
         pytest.param({"accelerator": "cpu", "cpus": 4}, GPUS, 16, Slots(5, 4, 0.0), id="on-the-cpu"),
         pytest.param({"accelerator": "cuda"}, GPUS, 16, Slots(2, 1, 1.0), id="on-gpus"),
         pytest.param({"accelerator": "cuda", "gpus": 0.5}, GPUS, 16, Slots(4, 1, 0.5), id="on-halves-of-gpus"),
     ],
 )
-def test_slots_are_what_fits(
+def test_slots_fit_the_machines(
     requested: dict[str, Any], nodes: list[dict[str, float]], samples: int, expected: Slots
 ) -> None:
     assert plan_slots(ResourceSpec(**requested), nodes, samples) == expected
@@ -62,7 +62,7 @@ def test_a_trial_without_a_gpu_runs_on_the_cpu() -> None:
     assert [plan_slots(ResourceSpec(gpus=gpus), GPUS, 16).accelerator for gpus in (None, 0.0)] == ["cuda", "cpu"]
 
 
-def test_a_cluster_of_its_own_is_started_whatever_runs_already(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_cluster_is_started_even_if_ray_address_names_one(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[dict[str, Any]] = []
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
     monkeypatch.setattr("ray.init", lambda **options: started.append(options))
@@ -82,7 +82,7 @@ def test_variables_for_the_processes_of_ray_are_restored(monkeypatch: pytest.Mon
         assert dict(os.environ) == before
 
 
-def test_this_machine_has_a_core() -> None:
+def test_the_local_node_has_at_least_one_core() -> None:
     assert local_node()["CPU"] >= 1
 
 

@@ -1,4 +1,4 @@
-"""Sweeps in real processes of Ray's."""
+"""Sweeps in real Ray processes."""
 
 import math
 import time
@@ -33,7 +33,7 @@ SIZE = "layers.layer.modules.attention.hidden_size"
 def run(
     sweep: SweepSpec, folder: Path | str, data_folder: Path, **resources: Any
 ) -> tuple[dict[str, Any], Storage, list[TrialRecord]]:
-    """Run a sweep to its end; its summary, folder and records."""
+    """Run a sweep to its end; returns its summary, folder and records."""
     storage = Storage(folder)
     if not storage.names():
         start_sweep(sweep, storage)
@@ -50,7 +50,9 @@ def finished(
     return run(small_sweep(samples=4, stopping=None), tmp_path_factory.mktemp("sweep") / "s", data_folder)
 
 
-def test_every_trial_is_trained_and_kept(finished: tuple[dict[str, Any], Storage, list[TrialRecord]]) -> None:
+def test_every_trial_is_trained_and_its_run_folder_is_stored(
+    finished: tuple[dict[str, Any], Storage, list[TrialRecord]],
+) -> None:
     summary, storage, records = finished
     assert (summary["finished"], summary["failed"], summary["slots"]) == (4, 0, 2)
     assert [record.number for record in records] == [0, 1, 2, 3]
@@ -64,7 +66,7 @@ def test_every_trial_is_trained_and_kept(finished: tuple[dict[str, Any], Storage
         assert (folder / SUMMARY).is_file()
 
 
-def test_trial_0_is_what_the_recipe_trains(
+def test_trial_0_equals_the_training_by_the_recipe(
     finished: tuple[dict[str, Any], Storage, list[TrialRecord]], tmp_path: Path
 ) -> None:
     _, storage, records = finished
@@ -79,11 +81,11 @@ def test_failed_trials_are_recorded_and_the_sweep_continues(two_slots: None, dat
     space = {FAULT: {"kind": "choice", "values": ["none", "crash", "memory", "nan", "exit"]}}
     sweep = small_sweep({"layers.layer": layer}, space=space, samples=6, stopping=None, restarts=1)
     start_sweep(sweep, Storage(tmp_path / "s"))
-    # Trials that an earlier driver had drawn and not finished come first, with these values.
+    # Unfinished trials of an earlier driver run first, with the values of their records.
     for number, fault in enumerate(("crash", "memory", "nan", "exit", "none"), start=1):
         TrialRecord(number, {FAULT: fault}, 0).save(Storage(tmp_path / "s"))
     summary, storage, records = run(sweep, tmp_path / "s", data_folder)
-    # Trial 0, of which that driver left no record, is run too.
+    # Trial 0 has no record and runs too.
     assert (summary["finished"], summary["failed"]) == (2, 4)
     reasons = {record.values[FAULT]: record.reason for record in records if record.status == "failed"}
     assert reasons["crash"] == "RuntimeError: broken on purpose"
@@ -97,12 +99,12 @@ def test_failed_trials_are_recorded_and_the_sweep_continues(two_slots: None, dat
     assert storage.names("best") == ["trial_0000.yaml", "trial_0005.yaml"]
 
 
-def test_low_ranked_trials_are_stopped_early_in_a_sweep_behind_a_uri(
+def test_low_ranked_trials_of_a_sweep_at_a_uri_are_stopped_early(
     two_slots: None, data_folder: Path, tmp_path: Path
 ) -> None:
     layer = {**MODEL["layers"]["layer"], "router": {"kind": "always"}}  # type: ignore[index]
     space = {SIZE: {"kind": "choice", "values": [4, 8, 16]}}
-    # How many MACs a trial takes is known beforehand, as everything is active: trial 0 has a size of 8.
+    # All tokens are active, so the MACs of each trial follow from its size. Trial 0 has size 8.
     sweep = small_sweep({"layers.layer": layer}, space=space, samples=3, objectives=("macs",), stopping={"grace": 10})
     folder = f"file://{tmp_path}/s"
     start_sweep(sweep, Storage(folder))
@@ -137,7 +139,7 @@ def test_trials_of_every_shipped_sweep_train(
     name: str, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = {"training.updates": 4, "training.warmup": 1, "training.evaluate_every": 4}
-    if name.startswith(("listops", "path")):  # these make each sample
+    if name.startswith(("listops", "path")):  # these generate every sample
         settings |= {"task.data.train": 100, "task.data.validation": 10, "task.data.test": 10}
     fixed = [path for path, distribution in read_sweep(name)["space"].items() if distribution["kind"] == "fixed"]
     if load_experiment(name).training.budget is not None:
@@ -145,7 +147,7 @@ def test_trials_of_every_shipped_sweep_train(
     settings |= dict.fromkeys(fixed, 1)
     sweep = make_sweep(name, settings=[f"{path}={value}" for path, value in settings.items()], samples=2)
     data = few(sweep.experiment.task.prepare(data_folder, progress=False))
-    # In this process: one of Ray's takes longer to start than these trials take to train.
+    # Trained in this process, because a Ray process takes longer to start than these trials to train.
     reports: list[tuple[str, dict[str, float], str]] = []
     monkeypatch.setattr(TrialReporter, "report", lambda self, *arguments: reports.append((*arguments, "")[:3]))
     search = Search(sweep, Storage(tmp_path / "s"))

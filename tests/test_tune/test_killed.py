@@ -1,4 +1,4 @@
-"""Processes that are killed while a sweep runs."""
+"""Sweeps whose processes are killed, suspended or interrupted."""
 
 import contextlib
 import json
@@ -26,8 +26,8 @@ PATIENCE = 600.0  # seconds on a free machine
 
 @contextmanager
 def driver(*arguments: str, log: Path) -> Iterator[Fork]:
-    """A sweep in a process of its own, killed at the end if it still runs."""
-    # RAY_ADDRESS names no cluster: without --address it must have no effect.
+    """A sweep in a separate process, which is killed at the end if it still runs."""
+    # There is no cluster at RAY_ADDRESS, which must have no effect without --address.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "RAY_ADDRESS": "127.0.0.1:1"}
     words = [*arguments, "--accelerator", "cpu"]
     process = fork("sma.tune", *words, stdout=log, environment=environment, imported=IMPORTED)
@@ -43,7 +43,7 @@ def records(folder: Path) -> dict[int, dict[str, Any]]:
 
 
 def evaluated(folder: Path, number: int, least: int) -> dict[str, Any] | None:
-    """A running trial with so many evaluations and a checkpoint."""
+    """The record of a running trial with at least `least` evaluations and a checkpoint; None if there is none."""
     found = records(folder).get(number, {})
     return (
         found
@@ -79,7 +79,7 @@ def start(tmp_path: Path, samples: int, settings: dict[str, Any]) -> list[str]:
     ]
 
 
-def test_a_worker_that_ends_or_hangs_is_replaced_and_resumes_from_its_checkpoint(tmp_path: Path) -> None:
+def test_a_killed_or_suspended_worker_is_replaced_and_resumes_from_its_checkpoint(tmp_path: Path) -> None:
     folder, log = tmp_path / "s", tmp_path / "log"
     stopped = []
     with driver(*start(tmp_path, 1, {**LONG, "training.updates": 300}), "--silence=30", log=log) as process:
@@ -132,12 +132,12 @@ def test_a_killed_driver_is_resumed_without_losing_a_finished_trial(tmp_path: Pa
     assert (summary["trials"], summary["failed"]) == (4, 0)
 
 
-def test_after_a_signal_a_sweep_resumes(tmp_path: Path) -> None:
+def test_a_sweep_resumes_after_a_signal(tmp_path: Path) -> None:
     folder, log = tmp_path / "s", tmp_path / "log"
     arguments = start(tmp_path, 1, LONG)
     cases = (
         ([signal.SIGINT], 130, "interrupted"),
-        # Schedulers send the second after a while.
+        # Schedulers send SIGTERM some time after SIGUSR1.
         ([signal.SIGUSR1, signal.SIGTERM], PREEMPTED, "preempted by SIGUSR1: completed work is kept"),
     )
     for done, (numbers, status, words) in enumerate(cases):
@@ -151,7 +151,7 @@ def test_after_a_signal_a_sweep_resumes(tmp_path: Path) -> None:
             if not done:
                 second = run_fork("sma.tune", "--resume", folder, folder=tmp_path, imported=IMPORTED)
             for place, number in enumerate(numbers):
-                time.sleep(place)  # threads that receive two signals at once may report them in any order
+                time.sleep(place)  # simultaneous signals to threads may be reported in any order
                 process.send_signal(number)
             assert process.wait(PATIENCE) == status, log.read_text()
         command = (
@@ -205,7 +205,7 @@ def test_a_sweep_that_loses_its_storage_or_cluster_ends_with_an_error(end: str, 
 
 
 def child(parent: int, name: str) -> int:
-    """The process of that name that a process started."""
+    """The child of a process with this name."""
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             # The name may hold spaces and parentheses; after it come state and parent.

@@ -111,7 +111,7 @@ def test_a_folder_of_another_sweep_is_refused(tmp_path: Path, capsys: pytest.Cap
     assert "belongs to another sweep" in capsys.readouterr().err
 
 
-def test_report_makes_the_results_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_writes_the_results_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     storage = Storage(tmp_path / "sweep")
     start_sweep(small_sweep(), storage)
     assert main(["report", storage.location]) == 2
@@ -174,7 +174,7 @@ def test_after_control_c_the_command_that_resumes_is_shown_once(
     assert capsys.readouterr().err == expected
 
 
-def test_what_is_set_in_all_trials_is_shown(
+def test_settings_of_all_trials_are_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sma.tune.driver.run_sweep", lambda *arguments, **options: {"trials": 1, "failed": 0})
@@ -192,7 +192,7 @@ def test_what_is_set_in_all_trials_is_shown(
     )
 
 
-def test_a_sweep_that_is_done_is_only_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resuming_a_finished_sweep_only_reports_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     storage = Storage(tmp_path)
     start_sweep(small_sweep(samples=2), storage)
     for record in (done_trial(0, 0.5, 0.6), done_trial(1, 0.6, 0.2)):
@@ -202,7 +202,7 @@ def test_a_sweep_that_is_done_is_only_reported(tmp_path: Path, capsys: pytest.Ca
     assert load_sweep(storage).samples == 2
 
 
-def test_sweeps_started_in_the_same_second_get_folders_of_their_own(
+def test_sweeps_started_in_the_same_second_get_different_folders(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from tests.forks import run_fork
+from tests.forks import Completed, run_fork
 from tests.test_tune.sweeps import write_sweep
 from tests.test_tune.test_killed import IMPORTED
 
@@ -19,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    """That of two nodes of one core each."""
+    """The address of a cluster of two nodes with one core each."""
     assert not ray.is_initialized()
     node = {"num_cpus": 1, "object_store_memory": 150 * 2**20}
     made = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
@@ -28,13 +27,10 @@ def address() -> Iterator[str]:
     made.shutdown()
 
 
-def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run(folder: Path, *arguments: str) -> Completed:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     words = [*arguments, "--accelerator=cpu"]
-    done: subprocess.CompletedProcess[str] = run_fork(
-        "sma.tune", *words, folder=folder, environment=environment, imported=IMPORTED, timeout=900
-    )
-    return done
+    return run_fork("sma.tune", *words, folder=folder, environment=environment, imported=IMPORTED, timeout=900)
 
 
 def test_trials_run_on_all_nodes(address: str, tmp_path: Path) -> None:
@@ -47,7 +43,7 @@ def test_trials_run_on_all_nodes(address: str, tmp_path: Path) -> None:
     assert len({record["node"] for record in records}) == 2
 
 
-def test_a_trial_that_no_node_holds_is_refused_before_anything_is_written(address: str, tmp_path: Path) -> None:
+def test_a_trial_that_fits_on_no_node_is_refused_before_anything_is_written(address: str, tmp_path: Path) -> None:
     refused = run(
         tmp_path, f"--space={write_sweep(tmp_path)}", f"--storage={tmp_path / 's'}", f"--address={address}", "--cpus=2"
     )
@@ -63,7 +59,7 @@ def test_a_trial_that_no_node_holds_is_refused_before_anything_is_written(addres
 def test_one_model_is_trained_on_all_nodes(address: str, scheme: str, tmp_path: Path) -> None:
     write_sweep(tmp_path)
     spec, out = f"--spec={tmp_path / 'experiment.yaml'}", tmp_path / "out"
-    # Each node has room for one of the two.
+    # Each node has room for one worker.
     done = run(
         tmp_path, "--workers=2", spec, f"--out={scheme}{out}", f"--data={tmp_path / 'data'}", f"--address={address}"
     )

@@ -1,4 +1,4 @@
-"""Training by several workers gives the result of a single process, also if a worker is killed."""
+"""Training by several workers has the results of a single process, also if a worker is killed."""
 
 import csv
 import json
@@ -28,7 +28,7 @@ from tests.test_recipes.tiny import MODEL, checkpoint, power_failure, same, tiny
 from tests.test_tune.sweeps import wait_for
 from tests.test_tune.test_killed import PATIENCE, alive, driver
 
-# Seconds on a free machine; on one with much else to do every exchange of gradients waits for both workers to get a
+# The tests take seconds on a free machine. On a busy one, each exchange of gradients waits until both workers have a
 # core.
 pytestmark = pytest.mark.timeout(1200)
 
@@ -39,7 +39,7 @@ LONG = {"training__updates": 120, "training__evaluate_every": 20}
 
 
 def language(data_folder: Path, **settings: Any) -> ExperimentSpec:
-    """A language model as small, with dropout too."""
+    """A tiny language model, also with dropout."""
     book = data_folder / "book.txt"
     book.write_bytes(b"the quick brown fox jumps over the lazy dog. " * 40)
     changed = {"training__batch_size": 4, **settings}
@@ -71,7 +71,7 @@ def assert_equal_checkpoints(ours: Path, theirs: Path, *parts: str) -> None:
 
 
 def recorded(out: Path) -> dict[tuple[float, frozenset[str]], dict[str, float]]:
-    """The logged metrics of all parts of a run, by update and names: the later part counts."""
+    """The logged metrics of a run, by update and names; a resumed part replaces those of earlier parts."""
     rows: dict[tuple[float, frozenset[str]], dict[str, float]] = {}
     for path in sorted((out / "metrics").glob("version_*/metrics.csv")):
         with path.open() as file:
@@ -89,7 +89,7 @@ def train_with_2(
 
 
 def files(folder: Path) -> set[str]:
-    """The files of a run folder, without the numbers in their names and what only a command line draws."""
+    """The files of a run folder, without numbers in their names and without the figures of the command line."""
     found = {
         re.sub(r"events\.out.*", "events", str(path.relative_to(folder)))
         for path in folder.rglob("*")
@@ -99,8 +99,9 @@ def files(folder: Path) -> set[str]:
 
 
 class Killer:
-    """Keeps the lines of a training. Kills the second worker once, after the first has reported update 40, when that
-    checkpoint is complete.
+    """Stores the lines of a training, and kills the second worker once, when the first has reported update 40.
+
+    The checkpoint of this update is then complete.
     """
 
     def __init__(self, kill: bool = True) -> None:
@@ -121,7 +122,7 @@ class Killer:
 
 
 @pytest.mark.slow
-def test_two_workers_are_one_with_the_same_batch(two_slots: None, data_folder: Path, tmp_path: Path) -> None:
+def test_two_workers_equal_one_process_with_the_same_batch(two_slots: None, data_folder: Path, tmp_path: Path) -> None:
     norms = ({"kind": "layer_norm", "place": "post"}, {"kind": "batch_norm", "place": "pre", "synchronized": True})
     spec = tiny(
         threads=1,
@@ -138,14 +139,14 @@ def test_two_workers_are_one_with_the_same_batch(two_slots: None, data_folder: P
 
 
 def different_layers(model: dict[str, Any], *changes: dict[str, Any]) -> str:
-    """The layers of a model that repeats one, each with a change of its own."""
+    """One layer per change, from a model with a repeated layer, as JSON."""
     return json.dumps([{**model["layers"]["layer"], **change} for change in changes])
 
 
 def assert_one_and_two_are_equal(
     spec: ExperimentSpec, out: Path | str, data_folder: Path, tmp_path: Path, measures: list[str], **options: Any
 ) -> dict[str, Any]:
-    """Assert that two workers, which write `tmp_path / "two"`, have the results of one process; their summary."""
+    """Assert that two workers, which write `tmp_path / "two"`, equal one process; returns their summary."""
     ours, theirs = train_with_2(spec, out, data_folder, **options), alone(spec, tmp_path / "one", data_folder)
     for name in (LAST, BEST):
         assert_equal_weights(tmp_path / "two", tmp_path / "one", 1e-10, name)
@@ -157,8 +158,10 @@ def assert_one_and_two_are_equal(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", [pytest.param(True, id="carried-killed-uri"), pytest.param(False, id="afresh")])
-def test_two_workers_model_a_text_as_one(killed: bool, two_slots: None, data_folder: Path, tmp_path: Path) -> None:
-    """With a state that is carried from segment to segment, also where a worker is killed and replaced."""
+def test_two_workers_with_a_language_model_equal_one_process(
+    killed: bool, two_slots: None, data_folder: Path, tmp_path: Path
+) -> None:
+    """Also with a state carried from segment to segment, and after a worker was killed and replaced."""
     windows = [{"modules": {"attention": {**GAU, "window": window}}, "dropout": 0.0} for window in (8, None)]
     settings = LONG if killed else {"task__carry_state": "false", "task__context": 10}
     layers = different_layers(test_language.MODEL, *windows)
@@ -189,7 +192,7 @@ def uninterrupted(two_slots: None, data_folder: Path, tmp_path_factory: pytest.T
 
 
 @pytest.mark.slow
-def test_a_killed_worker_is_replaced_and_the_weights_are_those_of_the_uninterrupted_run(
+def test_a_run_with_a_killed_worker_equals_the_uninterrupted_run(
     uninterrupted: Path, data_folder: Path, tmp_path: Path
 ) -> None:
     killer, out = Killer(), tmp_path / "out"
@@ -201,7 +204,7 @@ def test_a_killed_worker_is_replaced_and_the_weights_are_those_of_the_uninterrup
 
 
 @pytest.mark.slow
-def test_a_killed_driver_is_resumed_and_the_weights_are_those_of_the_uninterrupted_run(
+def test_a_run_resumed_after_its_driver_was_killed_equals_the_uninterrupted_run(
     uninterrupted: Path, data_folder: Path, tmp_path: Path
 ) -> None:
     out, log, spec = tmp_path / "out", tmp_path / "log", tmp_path / "experiment.yaml"
@@ -225,7 +228,7 @@ def test_a_killed_driver_is_resumed_and_the_weights_are_those_of_the_uninterrupt
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["listops", "language"])
-def test_two_workers_resume_the_run_of_one_process_and_one_process_theirs(
+def test_two_workers_resume_a_run_of_one_process_and_vice_versa(
     task: str, two_slots: None, data_folder: Path, tmp_path: Path
 ) -> None:
     exact: dict[str, Any] = {"threads": 1, "precision": "64-true", **LONG}
@@ -266,7 +269,7 @@ def test_a_folder_that_is_not_empty_is_refused(tmp_path: Path, capsys: pytest.Ca
     assert "is not empty; give another --out, or --resume" in capsys.readouterr().err
 
 
-def test_a_run_has_one_driver_also_before_its_workers_begin(
+def test_a_second_driver_is_refused_even_before_the_workers_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, codes = tmp_path / "run", []

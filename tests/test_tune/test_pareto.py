@@ -7,7 +7,7 @@ POINTS = st.integers(1, 3).flatmap(lambda size: st.lists(st.tuples(*[st.integers
 
 
 @given(POINTS)
-def test_the_front_has_the_points_that_none_dominates(points: list[tuple[int, ...]]) -> None:
+def test_the_front_has_all_points_that_no_point_dominates(points: list[tuple[int, ...]]) -> None:
     slow = [index for index, point in enumerate(points) if not any(dominates(other, point) for other in points)]
     assert front(points) == slow
 

@@ -1,4 +1,4 @@
-"""Processes without heartbeats, by a simulated clock."""
+"""Detection of processes without heartbeats, with a simulated clock."""
 
 import pytest
 
@@ -25,7 +25,7 @@ def test_a_process_is_silent_if_its_heartbeat_does_not_change_for_longer_than_th
     assert [world.silent(11.0, b"1"), world.silent(20.0), world.silent(21.5)] == [False, False, True]
 
 
-def test_the_time_restarts_with_another_process_and_after_a_restart() -> None:
+def test_the_time_restarts_for_a_new_process_and_after_a_restart() -> None:
     world = World()
     assert [world.silent(0.0), world.silent(50.0, process="other"), world.silent(55.0, process="other")] == [False] * 3
     assert world.silent(61.0, process="other")

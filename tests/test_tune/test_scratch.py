@@ -24,13 +24,13 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_folder_goes_with_what_it_was_made_for(machine: Path) -> None:
+def test_a_folder_is_removed_at_the_end_of_its_block(machine: Path) -> None:
     with scratch_folder() as folder:
         assert list(machine.iterdir()) == [folder]
     assert list(machine.iterdir()) == []
 
 
-def test_the_folder_of_a_killed_process_goes_with_the_next_one(machine: Path) -> None:
+def test_the_next_process_removes_the_folder_of_a_killed_one(machine: Path) -> None:
     subprocess.run([sys.executable, "-c", KILLED, str(machine)], check=False)
     (left,) = machine.iterdir()
     others = [machine / "sma-ray-another.machine-1-x", machine / "of somebody"]
@@ -42,7 +42,7 @@ def test_the_folder_of_a_killed_process_goes_with_the_next_one(machine: Path) ->
     assert sorted(machine.iterdir()) == sorted(others)
 
 
-def test_a_process_of_another_user_is_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_of_another_user_counts_as_alive(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(process: int, number: int) -> None:
         raise PermissionError
 

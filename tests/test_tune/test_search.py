@@ -25,7 +25,7 @@ def finish(search: Search, trial_id: str, accuracy: float, rate: float) -> None:
 
 
 def run(search: Search, count: int, start: int = 0) -> list[dict[str, Any]]:
-    """Hand out trials and finish each with a measure that depends on its values."""
+    """Suggest trials, and finish each with an accuracy that depends on its values; returns their configurations."""
     suggested = []
     for place in range(start, start + count):
         config = search.suggest(f"t{place}")
@@ -35,7 +35,7 @@ def run(search: Search, count: int, start: int = 0) -> list[dict[str, Any]]:
     return suggested
 
 
-def test_trial_0_is_the_experiment_and_the_others_fit_it(tmp_path: Path) -> None:
+def test_trial_0_is_the_experiment_and_the_values_of_the_others_are_valid(tmp_path: Path) -> None:
     sweep = small_sweep(samples=12)
     search = Search(sweep, Storage(tmp_path))
     suggested = run(search, 12)
@@ -47,7 +47,7 @@ def test_trial_0_is_the_experiment_and_the_others_fit_it(tmp_path: Path) -> None
     assert search.suggest("t12") == Searcher.FINISHED
 
 
-def test_the_same_seed_searches_the_same(tmp_path: Path) -> None:
+def test_the_same_seed_draws_the_same_values(tmp_path: Path) -> None:
     found = [run(Search(small_sweep(samples=9, seed=seed), Storage(tmp_path)), 9) for seed in (0, 0, 1)]
     assert found[0] == found[1]
     assert found[0][1:] != found[2][1:]
@@ -73,7 +73,7 @@ def test_a_failed_trial_is_not_added_to_the_study(tmp_path: Path) -> None:
         run(search, 1, start=2 * place)
         search.suggest(f"t{2 * place + 1}")
         search.on_trial_complete(f"t{2 * place + 1}", result, error=result is None)
-    # Trial 0 lies outside of the space.
+    # Trial 0 lies outside the space.
     assert [trial.state.name for trial in search.study(9).trials] == ["COMPLETE"] * 2
 
 
@@ -113,9 +113,9 @@ def test_a_new_driver_resumes_from_the_records(tmp_path: Path) -> None:
 def simulate(
     sweep: SweepSpec, folder: Path, order: list[int], interrupted_at: int | None, slots: int = 2
 ) -> dict[int, dict[str, Any]]:
-    """The values of all trials of a sweep of several slots, in which trials end in a given order of the slots.
+    """The values of all trials of a sweep with several slots, whose trials end in a given order of the slots.
 
-    At one of these ends the driver is replaced by one that resumes from the records.
+    After `interrupted_at` trials have ended, a new driver resumes from the records.
     """
     search, records, running, values = Search(sweep, Storage(folder)), {}, {}, {}
     for end in range(2 * sweep.samples):
@@ -147,14 +147,14 @@ SEARCHED = small_sweep(samples=14)
 
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.integers(0, 1), min_size=14, max_size=14), st.integers(0, 13))
-def test_an_interrupted_sweep_draws_what_an_uninterrupted_one_draws(order: list[int], interrupted_at: int) -> None:
+def test_an_interrupted_sweep_draws_the_values_of_an_uninterrupted_one(order: list[int], interrupted_at: int) -> None:
     folder = Path("nowhere")
     assert simulate(SEARCHED, folder, order, interrupted_at) == simulate(SEARCHED, folder, order, None)
 
 
-def test_the_first_trials_are_drawn_by_seed_and_number_alone() -> None:
+def test_the_first_trials_depend_on_seed_and_number_alone() -> None:
     one, other = (simulate(SEARCHED, Path("nowhere"), [0], None, slots) for slots in (1, 3))
-    # A third of 14, and four at least.
+    # A third of the 14 trials, at least four.
     assert [one[number] == other[number] for number in range(4)] == [True] * 4
     assert any(one[number] != other[number] for number in range(5, 14))
     assert len({str(values) for values in one.values()}) == 14
@@ -172,7 +172,7 @@ def test_a_number_without_a_record_is_run(tmp_path: Path) -> None:
     assert search.suggest("end") == Searcher.FINISHED
 
 
-def test_stopped_trials_count_as_worse_than_finished_ones(tmp_path: Path) -> None:
+def test_stopped_trials_rank_below_finished_ones(tmp_path: Path) -> None:
     search = Search(small_sweep(samples=32), Storage(tmp_path))
     for place in range(31):
         config = search.suggest(f"t{place}")
@@ -188,7 +188,7 @@ def test_stopped_trials_count_as_worse_than_finished_ones(tmp_path: Path) -> Non
 
 
 class FakeTrial(NamedTuple):
-    """What halving looks at."""
+    """The attributes of a trial that halving uses."""
 
     trial_id: str
     config: dict[str, Any]
@@ -199,7 +199,7 @@ def decide(
 ) -> str:
     trial = FakeTrial(f"t{number}", {"number": number})
     metrics = {"update": update, "accuracy": accuracy, "rate": rate}
-    result = flatten_dict({"update": update, "metrics": metrics, "status": status})  # as Ray hands it over
+    result = flatten_dict({"update": update, "metrics": metrics, "status": status})  # in the format of Ray
     return str(halving.on_trial_result(None, trial, result))  # type: ignore[arg-type]
 
 
@@ -242,7 +242,7 @@ def test_trials_on_the_pareto_front_continue() -> None:
     assert [number for number, decision in decided.items() if decision == "STOP"] == [2, 4, 5]
 
 
-def test_a_rung_is_passed_once_and_by_what_was_measured_first() -> None:
+def test_each_trial_enters_a_rung_once_with_its_first_measure() -> None:
     halving = Halving(halving_sweep(objectives=("quality",)))
     assert [decide(halving, 1, 20, 0.5), decide(halving, 1, 30, 0.1)] == ["CONTINUE"] * 2
     assert decide(halving, 2, 30, 0.3) == "STOP"
@@ -253,7 +253,7 @@ HALVED = halving_sweep()
 
 @settings(max_examples=20)
 @given(st.lists(st.floats(0.0, 1.0), min_size=1, max_size=6), st.floats(0.0, 1.0))
-def test_a_new_driver_stops_what_the_old_one_would_have_stopped(known: list[float], accuracy: float) -> None:
+def test_a_new_driver_stops_the_trials_that_the_old_one_would_stop(known: list[float], accuracy: float) -> None:
     sweep = HALVED
     old = Halving(sweep)
     kept = []

@@ -6,7 +6,7 @@ import torch
 from sma.tune.sharing import pack_data, unpack_data
 
 
-def test_data_comes_back_the_same_without_a_copy() -> None:
+def test_unpacked_data_is_equal_and_shares_memory() -> None:
     numbers = torch.arange(100_000)
     made = {
         "numbers": numbers,
@@ -36,7 +36,7 @@ def test_tensors_without_an_array_are_pickled() -> None:
     assert torch.equal(found[2].to_dense(), torch.eye(2))
 
 
-def test_memory_that_must_not_be_written_is_read() -> None:
+def test_read_only_memory_is_unpacked() -> None:
     packed = pack_data(torch.arange(4.0))
     packed.arrays[0].flags.writeable = False
     assert unpack_data(packed).sum() == 6.0

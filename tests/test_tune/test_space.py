@@ -40,10 +40,10 @@ def test_draw_undoes_encode(distribution: DistributionSpec) -> None:
     [
         pytest.param(Uniform(low=0.0, high=1.0), 1.5, id="above"),
         pytest.param(Uniform(low=0.0, high=1.0), None, id="null"),
-        pytest.param(Uniform(low=0.0, high=1.0), True, id="true-is-no-number"),
+        pytest.param(Uniform(low=0.0, high=1.0), True, id="true-is-not-a-number"),
         pytest.param(QUniform(low=0.0, high=1.0, step=0.25), 0.3, id="between-steps"),
-        pytest.param(Int(low=1, high=9), 2.5, id="no-whole-number"),
-        pytest.param(Choice(values=(1, 2)), 3, id="no-choice"),
+        pytest.param(Int(low=1, high=9), 2.5, id="not-an-integer"),
+        pytest.param(Choice(values=(1, 2)), 3, id="not-a-choice"),
         pytest.param(Choice(values=(1, 2)), True, id="true-is-not-one"),
     ],
 )
@@ -57,12 +57,12 @@ def test_a_value_that_is_never_drawn_has_no_code(distribution: DistributionSpec,
         pytest.param("training.learning_rate", "[1e-2, 3e-3]", 1, id="exponents-without-a-point"),
         pytest.param("training.weight_decay", "[0.1, 0]", 1, id="an-integer-for-a-float"),
         pytest.param("layers.layer.modules.attention.window", "[16.0, 8.0]", 1, id="a-float-for-an-integer"),
-        pytest.param("layers.layer.router", "[{kind: always}, {kind: sma}]", 1, id="a-part-with-its-defaults-left-out"),
-        pytest.param("layers.layer.dropout", "[0.2, 0.3]", None, id="not-among-them"),
-        pytest.param("layers.layer.norm", "[null, {kind: rms_norm}]", None, id="not-among-parts"),
+        pytest.param("layers.layer.router", "[{kind: always}, {kind: sma}]", 1, id="a-part-without-its-defaults"),
+        pytest.param("layers.layer.dropout", "[0.2, 0.3]", None, id="not-a-choice"),
+        pytest.param("layers.layer.norm", "[null, {kind: rms_norm}]", None, id="not-a-choice-of-parts"),
     ],
 )
-def test_the_experiments_own_value_has_a_code_in_every_spelling(path: str, values: str, code: int | None) -> None:
+def test_the_value_of_the_experiment_has_a_code_in_every_spelling(path: str, values: str, code: int | None) -> None:
     experiment = tiny(training__weight_decay=0.0)
     assert starting_code(experiment, path, Choice(values=read_yaml(values, "values"))) == code
 
@@ -117,7 +117,7 @@ def test_quniform_encodes_all_of_its_steps(first: int, steps: int, step: float) 
         ),
     ],
 )
-def test_a_distribution_that_makes_no_sense_is_refused(make: Any, message: str) -> None:
+def test_an_invalid_distribution_is_refused(make: Any, message: str) -> None:
     with pytest.raises(SpecError, match=message):
         make()
 
@@ -195,7 +195,7 @@ def test_a_space_that_does_not_fit_the_experiment_is_refused(space: dict[str, An
         small_sweep(space=space)
 
 
-def test_values_are_refused_where_only_their_combination_is_wrong() -> None:
+def test_values_of_which_only_the_combination_is_wrong_are_refused() -> None:
     space = {
         "training.budget.hold": {"kind": "int", "low": 0, "high": 20},
         "training.budget.anneal": {"kind": "int", "low": 0, "high": 20},
@@ -205,7 +205,7 @@ def test_values_are_refused_where_only_their_combination_is_wrong() -> None:
         small_sweep(settings, space=space)
 
 
-def test_combinations_are_drawn_that_no_single_value_shows() -> None:
+def test_wrong_combinations_of_valid_values_are_found_by_random_draws() -> None:
     space = {f"training.budget.{name}": {"kind": "choice", "values": [0, 25, 1]} for name in ("hold", "anneal")}
     with pytest.raises(
         SpecError, match=r"the values of random draw \d+ \(.*hold=25, .*anneal=25\): .*after 50 updates"
@@ -213,7 +213,7 @@ def test_combinations_are_drawn_that_no_single_value_shows() -> None:
         small_sweep({"training.budget.target": 0.3}, space=space)
 
 
-def test_fixed_values_that_do_not_fit_together_are_named() -> None:
+def test_the_error_names_fixed_values_that_do_not_fit_together() -> None:
     space = {
         **SPACE,
         "training.budget.hold": {"kind": "fixed", "value": 20},
@@ -227,7 +227,7 @@ def test_fixed_values_that_do_not_fit_together_are_named() -> None:
         small_sweep(space=space)
 
 
-def test_a_path_may_leave_out_the_model() -> None:
+def test_a_path_may_omit_the_model() -> None:
     short, full = (
         with_values(tiny(), {f"{prefix}layers.layer.modules.attention.window": 3}) for prefix in ("", "model.")
     )
@@ -235,12 +235,12 @@ def test_a_path_may_leave_out_the_model() -> None:
     assert value_at(short, "layers.layer.modules.attention.window") == 3
 
 
-def test_a_value_of_a_part_that_is_null_is_null() -> None:
+def test_the_value_of_a_field_in_a_null_part_is_null() -> None:
     assert value_at(tiny(), "training.budget.target") is None
     assert value_at(with_values(tiny(), {"training.budget.target": 0.5}), "training.budget.target") == 0.5
 
 
-def test_fixed_values_come_with_the_drawn_ones_and_not_with_trial_0() -> None:
+def test_fixed_values_are_set_in_all_trials_but_trial_0() -> None:
     sweep = small_sweep(space={**SPACE, "training.budget.hold": {"kind": "fixed", "value": 5}})
     first = {path: distribution.probes[0] for path, distribution in sweep.space.items()}
     budget = sweep.trial(first).training.budget
@@ -255,7 +255,7 @@ def test_an_experiment_that_is_neither_mapping_nor_string_is_refused() -> None:
         "try: make_sweep({'experiment': 3, 'space': {}})\n"
         "except ValueError as error: print(error)"
     )
-    # Without a checker of types.
+    # In a separate process, which has no shape checker.
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert (
         result.stdout

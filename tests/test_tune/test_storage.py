@@ -24,7 +24,7 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     return Storage(tmp_path / "sweep") if request.param == "path" else Storage(f"file://{tmp_path}/sweep")
 
 
-def test_what_is_written_is_read(storage: Storage) -> None:
+def test_read_returns_written_content(storage: Storage) -> None:
     assert storage.read("a/b.txt") is None
     assert storage.names() == []
     storage.write("a/b.txt", "one")
@@ -37,7 +37,7 @@ def test_what_is_written_is_read(storage: Storage) -> None:
     assert storage.names() == []
 
 
-def test_a_sweep_and_its_records_are_found_again(storage: Storage) -> None:
+def test_a_sweep_and_its_records_are_loaded_as_written(storage: Storage) -> None:
     sweep = small_sweep()
     start_sweep(sweep, storage)
     records = [done_trial(number, 0.5, 0.2, window=None) for number in (11, 2, 0)]
@@ -55,7 +55,7 @@ def test_a_folder_of_another_sweep_is_refused(storage: Storage) -> None:
         start_sweep(small_sweep(), storage)
 
 
-def test_a_folder_of_something_else_is_refused(storage: Storage) -> None:
+def test_a_folder_with_other_files_is_refused(storage: Storage) -> None:
     storage.write("thesis.tex", "")
     with pytest.raises(CheckpointError, match=r"is not empty and holds no sweep"):
         start_sweep(small_sweep(), storage)
@@ -64,7 +64,7 @@ def test_a_folder_of_something_else_is_refused(storage: Storage) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
-def test_a_folder_without_leave_to_write_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_write_permission_is_refused(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(CheckpointError, match=r"cannot write .*must be writable"):
         start_sweep(small_sweep(), Storage(tmp_path / "sweep"))
@@ -81,7 +81,7 @@ def test_an_unknown_scheme_is_refused() -> None:
         Storage("floppy://a")
 
 
-def test_a_uri_that_does_not_answer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_uri_without_a_server_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sma.tune.storage.PATIENCE", 2.0)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         uri = f"s3://bucket/sweep?endpoint_override=127.0.0.1:{silent.getsockname()[1]}&scheme=http&region=us-east-1"
@@ -97,7 +97,7 @@ def test_non_finite_numbers_are_not_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["{", '{"number": 1}', '{"number": 1, "values": {}, "seed": 0, "colour": 3}', "[]"])
-def test_a_damaged_record_is_named(tmp_path: Path, content: str) -> None:
+def test_the_error_names_a_damaged_record(tmp_path: Path, content: str) -> None:
     storage = Storage(tmp_path)
     done_trial(0, 0.5, 0.5).save(storage)
     storage.write("records/0001.json", content)
@@ -105,14 +105,14 @@ def test_a_damaged_record_is_named(tmp_path: Path, content: str) -> None:
         load_records(storage)
 
 
-def test_seconds_of_a_trial_are_those_of_all_its_processes() -> None:
+def test_seconds_of_a_trial_are_the_sum_over_its_processes() -> None:
     record = TrialRecord(0, {}, 0, busy={"1.0 7": 2.5, "9.0 8": 4.0})
     assert record.seconds == 6.5
     assert record.update == 0
 
 
 @pytest.mark.parametrize("name", ["caf\udce9", "x::y", "~no-such-user/x"])
-def test_a_path_that_cannot_be_the_storage_is_refused(name: str, tmp_path: Path) -> None:
+def test_a_path_with_an_unsupported_name_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(
         DataError,
         match=r"the path of the run folder .* (is not valid Unicode|contains '::')|begins with the home folder",
@@ -129,7 +129,7 @@ def test_a_folder_may_have_any_name(name: str, tmp_path: Path) -> None:
     assert [record.number for record in load_records(storage, load_sweep(storage))] == [0]
 
 
-def test_a_folder_that_is_written_is_refused_to_others(tmp_path: Path) -> None:
+def test_a_locked_folder_is_refused_to_other_processes(tmp_path: Path) -> None:
     storage, code = Storage(tmp_path), "import sys; from sma.tune.__main__ import main; sys.exit(main(sys.argv[1:]))"
     start_sweep(small_sweep(), storage)
     done_trial(0, 0.5, 0.5).save(storage)
@@ -156,7 +156,7 @@ def test_a_folder_that_is_written_is_refused_to_others(tmp_path: Path) -> None:
         pytest.param({"metrics": {"accuracy": 10**400}}, r"metrics.accuracy", id="huge"),
     ],
 )
-def test_a_record_that_contradicts_itself_is_named(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_the_error_names_an_inconsistent_record(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     storage = Storage(tmp_path)
     storage.write("records/0001.json", json.dumps({**asdict(done_trial(1, 0.5, 0.5)), **change}))
     with pytest.raises(CheckpointError, match=message):
@@ -173,7 +173,7 @@ def test_non_finite_numbers_are_not_read(tmp_path: Path) -> None:
             load_clock(storage)
 
 
-def test_a_folder_that_was_replaced_is_not_written(tmp_path: Path) -> None:
+def test_a_replaced_or_removed_folder_is_refused(tmp_path: Path) -> None:
     storage = Storage(tmp_path)
     start_sweep(small_sweep(), storage)
     content = storage.read("sweep.yaml")
@@ -186,7 +186,7 @@ def test_a_folder_that_was_replaced_is_not_written(tmp_path: Path) -> None:
         check_same(storage, content)
 
 
-def test_a_driver_takes_no_folder_of_another_even_where_the_list_is_lost(tmp_path: Path) -> None:
+def test_a_driver_gets_a_new_folder_even_if_the_list_of_drivers_is_lost(tmp_path: Path) -> None:
     storage = Storage(tmp_path)
     storage.write("trials/driver-4/0000/x", "")
     assert add_driver(storage, Slots(1, 1, 0.0)) == 5

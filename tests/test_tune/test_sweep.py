@@ -19,18 +19,18 @@ def test_every_shipped_sweep_is_valid(name: str) -> None:
     assert any(path.endswith(("window", "kernel_size")) for path in sweep.space)
 
 
-def test_a_sweep_survives_its_file() -> None:
+def test_a_sweep_loaded_from_its_file_is_equal() -> None:
     sweep = small_sweep(stopping={"grace": 7}, samples=3)
     assert SweepSpec.model_validate(read_yaml(dump_yaml(sweep), "here")) == sweep
 
 
-def test_settings_reach_trial_0_and_all_others(tmp_path: Path) -> None:
+def test_settings_apply_to_trial_0_and_all_others(tmp_path: Path) -> None:
     sweep = make_sweep(write_sweep(tmp_path, {"training.updates": 20}), settings=["training.warmup=2", "seed=7"])
     for experiment in (sweep.trial({}), sweep.trial({"training.learning_rate": 0.004})):
         assert (experiment.training.updates, experiment.training.warmup, experiment.seed) == (20, 2, 7)
 
 
-def test_a_set_value_replaces_one_that_the_space_fixes() -> None:
+def test_a_setting_replaces_a_fixed_value_of_the_space() -> None:
     settings = ["training.updates=400", "training.budget.hold=30", "training.budget.anneal=150"]
     with pytest.raises(
         SpecError, match=r"after 600 updates.*the fixed values can be changed: --set training.budget.hold=VALUE"
@@ -43,7 +43,7 @@ def test_a_set_value_replaces_one_that_the_space_fixes() -> None:
     assert sweep.trial({}).training.budget is None
 
 
-def test_a_set_value_that_the_space_fixes_reaches_trial_0_where_it_has_such_a_part() -> None:
+def test_a_setting_of_a_fixed_field_applies_to_trial_0_if_it_has_the_part() -> None:
     settings = ["training.updates=400", "training.budget.hold=30", "training.budget.anneal=150"]
     budget = make_sweep("pathfinder_tiny", settings=settings).trial({}).training.budget
     assert budget is not None
@@ -54,7 +54,7 @@ def test_a_set_value_that_the_space_fixes_reaches_trial_0_where_it_has_such_a_pa
     ("path", "value"),
     [("learning_rate", "0.004"), ("model.layers.layer.modules.attention.window", "8"), ("budget.target", "null")],
 )
-def test_a_set_value_of_a_searched_field_is_refused(path: str, value: str) -> None:
+def test_a_setting_of_a_searched_field_is_refused(path: str, value: str) -> None:
     path = path if path.startswith("model") else f"training.{path}"
     with pytest.raises(
         SpecError,
@@ -63,13 +63,13 @@ def test_a_set_value_of_a_searched_field_is_refused(path: str, value: str) -> No
         make_sweep("listops_tiny", settings=[f"{path}={value}"])
 
 
-def test_a_set_value_inside_a_part_that_is_searched_is_refused() -> None:
+def test_a_setting_inside_a_searched_part_is_refused() -> None:
     space = {"layers.layer.router": {"kind": "choice", "values": [{"kind": "sma"}, {"kind": "always"}]}}
     with pytest.raises(SpecError, match=r"the sweep searches 'layers.layer.router', which would replace"):
         make_sweep({"experiment": tiny(), "space": space}, settings=["layers.layer.router.temperature_scale=0.5"])
 
 
-def test_the_settings_of_a_shipped_sweep_are_not_those_of_another_experiment(tmp_path: Path) -> None:
+def test_the_settings_of_a_shipped_sweep_do_not_apply_to_another_experiment(tmp_path: Path) -> None:
     write_sweep(tmp_path)
     fixed = ["training.budget.hold=5", "training.budget.anneal=10"]
     sweep = make_sweep("listops_tiny", experiment=tmp_path / "experiment.yaml", settings=fixed)
@@ -78,7 +78,9 @@ def test_the_settings_of_a_shipped_sweep_are_not_those_of_another_experiment(tmp
     assert own.updates == 800
 
 
-def test_a_file_names_its_experiment_as_seen_from_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_path_of_the_experiment_is_relative_to_the_file_of_the_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write_sweep(tmp_path)
     path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "experiment": "experiment.yaml"}))
     monkeypatch.chdir("/")
@@ -93,7 +95,7 @@ def test_a_file_names_its_experiment_as_seen_from_its_folder(tmp_path: Path, mon
         pytest.param({"hold": 5, "anneal": 12}, {"grace": 9}, 9, id="as-given"),
     ],
 )
-def test_nothing_is_stopped_before_the_rates_are_at_their_targets(
+def test_no_trial_is_stopped_before_the_rates_have_reached_their_targets(
     budget: dict[str, int], stopping: dict[str, int], grace: int
 ) -> None:
     fixed = {f"training.budget.{name}": {"kind": "fixed", "value": value} for name, value in budget.items()}
@@ -127,7 +129,7 @@ def test_a_wrong_field_is_refused(fields: dict[str, Any], message: str) -> None:
         small_sweep(**fields)
 
 
-def test_an_unknown_name_is_refused_with_what_there_is(tmp_path: Path) -> None:
+def test_an_unknown_name_is_refused_with_a_suggestion(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"no shipped sweep 'listop_tiny'; did you mean 'listops_tiny'"):
         read_sweep("listop_tiny")
     path = tmp_path / "space.yaml"

@@ -43,7 +43,7 @@ def storage(tmp_path: Path) -> Storage:
     return storage
 
 
-def test_the_front_is_of_trials_that_were_trained_equally_long() -> None:
+def test_the_front_has_only_finished_trials() -> None:
     sweep = small_sweep()
     assert [record.number for record in pareto_front(TRIALS, sweep)] == [1, 2, 4]
     assert [record.number for record in pareto_front(TRIALS, sweep.replace(objectives=("rate",)))] == [4]
@@ -75,7 +75,7 @@ def test_the_summary_has_the_counts_and_the_best_trials(storage: Storage) -> Non
     assert [point["trial"] for point in summary["pareto"]] == [1, 2, 4]
     assert (summary["busy_slot_seconds"], summary["slots"], summary["seconds"]) == (72.0, 2, 40.0)
     assert summary["idle_share"] == pytest.approx(1 - 72 / 80)
-    # Of the trainings, not of this report.
+    # Those of the trainings, not of this report.
     assert (summary["commit"], summary["hardware"], summary["date"]) == ("abc", "a machine of then", "2001-02-03")
 
 
@@ -91,7 +91,7 @@ def test_csv_and_parquet_hold_the_same_trials(storage: Storage) -> None:
     assert table[6]["reason"] == "out of memory: simulated"
 
 
-def test_the_best_specs_are_experiments_of_the_recipes(storage: Storage) -> None:
+def test_the_best_specs_load_as_experiments(storage: Storage) -> None:
     sweep = small_sweep(samples=8)
     summary = write_results(sweep, storage)
     assert storage.names("best") == ["trial_0001.yaml", "trial_0002.yaml", "trial_0004.yaml"]
@@ -99,7 +99,7 @@ def test_the_best_specs_are_experiments_of_the_recipes(storage: Storage) -> None
         assert load_experiment(storage.address(point["spec"])) == sweep.trial(TRIALS[point["trial"]].values)
 
 
-def test_results_are_a_function_of_the_records(storage: Storage) -> None:
+def test_results_depend_on_the_records_only(storage: Storage) -> None:
     sweep = small_sweep(samples=8)
     first = write_results(sweep, storage)
     for name in ("summary.json", "trials.csv", "trials.parquet", "pareto.md", "pareto.png"):
@@ -119,7 +119,7 @@ def test_records_of_an_earlier_version_give_the_same_results(storage: Storage) -
     assert write_results(sweep, storage) == expected
 
 
-def test_a_failed_trial_whose_values_are_refused_leaves_the_others_their_results(storage: Storage) -> None:
+def test_a_failed_trial_with_invalid_values_does_not_affect_the_results_of_others(storage: Storage) -> None:
     wrong = TrialRecord(
         6, {WINDOW: 23.7, TARGET: 0.25}, 0, status="failed", reason="window=23.7: input should be a valid integer"
     )
@@ -131,7 +131,7 @@ def test_a_failed_trial_whose_values_are_refused_leaves_the_others_their_results
     assert (row[WINDOW], row[TARGET], row["training.learning_rate"]) == ("23.7", "0.25", "0.003")
 
 
-def test_every_driver_is_noted_once(tmp_path: Path) -> None:
+def test_every_driver_is_recorded_once(tmp_path: Path) -> None:
     storage = Storage(tmp_path)
     assert [add_driver(storage, Slots(concurrent=number, cpus=3, gpus=0.0)) for number in (1, 2)] == [0, 1]
     assert [driver["concurrent"] for driver in load_drivers(storage)] == [1, 2]
@@ -154,7 +154,7 @@ def test_a_sweep_without_a_finished_trial_has_results(tmp_path: Path, kept: list
     assert (summary["best"], summary["pareto"], summary["baseline"], summary["rate_ratio"]) == (None, [], None, None)
 
 
-def test_a_sweep_without_records_has_none(tmp_path: Path) -> None:
+def test_a_sweep_without_records_has_no_results(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"has no records yet; resume it with: sma sweep --resume"):
         write_results(small_sweep(), Storage(tmp_path))
 

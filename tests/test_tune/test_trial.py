@@ -15,7 +15,7 @@ from tests.test_recipes.tiny import tiny
 
 
 def evaluated(folder: Path, monkeypatch: pytest.MonkeyPatch, metric: Metric, **measured: float) -> dict[str, float]:
-    """What a reporter says of an evaluation."""
+    """The measures that a new reporter stores for an evaluation."""
     return evaluate_at_10(TrialReporter(tiny(), folder, metric, 8, 0.0), monkeypatch, **measured)
 
 
@@ -29,7 +29,7 @@ def evaluate_at_10(reporter: TrialReporter, monkeypatch: pytest.MonkeyPatch, **m
     return reporter.history[-1]
 
 
-def test_a_missing_measure_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_measure_is_omitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "loss" not in evaluated(tmp_path, monkeypatch, LanguageTask.metric, val_bits_per_character=2.0)
     assert evaluated(tmp_path, monkeypatch, ClassificationTask.metric, val_accuracy=0.5, val_loss=0.75)["loss"] == 0.75
 
@@ -54,7 +54,7 @@ def chained(error: Exception, cause: Exception) -> Exception:
     return error
 
 
-def test_the_history_of_an_earlier_version_has_the_present_names(tmp_path: Path) -> None:
+def test_the_history_of_an_earlier_version_gets_the_present_names(tmp_path: Path) -> None:
     (tmp_path / HISTORY).write_text('[{"update": 3, "operations_per_token": 2.5}]')
     reporter = TrialReporter(tiny(), tmp_path, ClassificationTask.metric, 8, 0.0)
     reporter.restore()
@@ -62,7 +62,7 @@ def test_the_history_of_an_earlier_version_has_the_present_names(tmp_path: Path)
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", '[{"rate": 1}]', '[{"update": null}]', '{"update": 1}'])
-def test_a_damaged_history_is_named(content: str, tmp_path: Path) -> None:
+def test_the_error_names_a_damaged_history(content: str, tmp_path: Path) -> None:
     (tmp_path / HISTORY).write_text(content)
     with pytest.raises(CheckpointError, match=r"history.json' (cannot be read|is damaged)"):
         TrialReporter(tiny(), tmp_path, ClassificationTask.metric, 8, 0.0).restore()

@@ -41,7 +41,7 @@ def test_the_table_fits_the_terminal(count: int) -> None:
     )
 
 
-def test_running_trials_stand_first_then_the_best_then_the_latest() -> None:
+def test_running_trials_come_first_then_the_best_then_the_latest() -> None:
     records = [done_trial(number, 0.01 * number if number != 7 else 0.9, 0.2, **VALUES) for number in range(40)]
     for record in records:
         record.busy = {f"{100 + record.number}.000 7": 1.0}

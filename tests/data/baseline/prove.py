@@ -1,10 +1,11 @@
-"""Short runs of every kind of training, and the SHA-256 of the parameters that they end with.
+"""Short runs of every kind of training, and the SHA-256 of their final parameters.
 
     python tests/data/baseline/prove.py FOLDER [NAME ...]
 
-runs the commands below in FOLDER (some minutes; what is there already is not run again), prints the hashes as JSON, and
-exits with 1 where one differs from `hashes.json`. The hashes hold for one kind of processor, one version of torch and
-one thread: a change that must not alter what is computed is run before and after on the same machine.
+The program runs the commands below in FOLDER, which takes some minutes, except those whose folder exists. It prints the
+hashes as JSON, and exits with 1 if one differs from `hashes.json`. The hashes are valid for one kind of processor, one
+version of torch and one thread. To test that a change does not alter results, run this before and after it on the same
+machine.
 """
 
 import hashlib
@@ -66,7 +67,7 @@ SWEEP += _settings(["training.budget.anneal=10"])
 
 
 def parameters(file: Path) -> str:
-    """The hash of the values of a saved model, in the order of the file's construction, names left out."""
+    """The hash of the tensors of a saved model, in the order of its state, without their names."""
     import sma
 
     total = hashlib.sha256()
@@ -92,7 +93,7 @@ def trials(folder: Path) -> str:
 
 
 def main() -> int:
-    """Run what is asked for and compare."""
+    """Run the named trainings and the sweep, and compare their hashes."""
     folder, chosen = Path(sys.argv[1]).resolve(), sys.argv[2:] or [*RUNS, "sweep"]
     folder.mkdir(parents=True, exist_ok=True)
     found: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""Tars whose headers are written by hand: none makes the reader take more than it should."""
+"""Tar files with hand-written headers: none makes the reader use unbounded time, memory or disk space."""
 
 import bz2
 import gzip
@@ -13,7 +13,7 @@ from sma.recipes.io.archives import unpack_archive
 
 
 def raw_header(name=b"set/a", size=0, kind=b"0", prefix=b"", encoded=None):
-    """A header of a tar, of which every field is given."""
+    """A tar header with the given fields."""
     field = b"%011o\0" % size if encoded is None else encoded
     head = (
         name.ljust(100, b"\0")[:100]
@@ -35,7 +35,7 @@ def written(path, *parts):
 
 
 def pax(**records):
-    """A header of attributes, such as long names are written in."""
+    """A pax header with attributes, as used for long names."""
     content = b""
     for key, value in records.items():
         record = f" {key.replace('_', '.')}={value}\n".encode()
@@ -47,7 +47,7 @@ def pax(**records):
 
 
 @pytest.mark.parametrize("kind", [b"L", b"K", b"x", b"g"], ids=["name", "link", "pax", "global pax"])
-def test_headers_of_any_length_are_not_read_whole(kind, tmp_path):
+def test_overlong_headers_are_refused_without_reading_them(kind, tmp_path):
     with gzip.open(tmp_path / "archive", "wb", compresslevel=1) as file:
         file.write(raw_header(b"long", 3 << 30, kind))
         file.write(b"x" * (1 << 22))
@@ -58,7 +58,7 @@ def test_headers_of_any_length_are_not_read_whole(kind, tmp_path):
         unpack_archive(tmp_path / "archive", tmp_path / "out")
 
 
-def test_size_below_zero_does_not_have_the_same_read_for_ever(tmp_path):
+def test_negative_size_does_not_loop_forever(tmp_path):
     minus = (-1536).to_bytes(12, "big", signed=True)
     archive = written(tmp_path / "archive", raw_header(b"a", 0), raw_header(b"b", encoded=minus), bytes(10_240))
     with pytest.raises(DataError, match=r"archive cannot be read: .*; it is truncated, damaged, or not a tar or zip"):
@@ -78,13 +78,13 @@ def test_sparse_members_are_refused(claimed, tmp_path):
 
 
 @pytest.mark.parametrize("records", [{"GNU_sparse_map": "a,b"}, {"GNU_sparse_size": "x", "GNU_sparse_map": "0,1"}])
-def test_attributes_that_are_no_numbers_are_a_sentence(records, tmp_path):
+def test_non_numeric_attributes_give_an_error_message(records, tmp_path):
     archive = written(tmp_path / "archive", pax(**records), raw_header(b"set/a", 0), bytes(10_240))
     with pytest.raises(DataError, match=r"archive cannot be read: .*; it is truncated"):
         unpack_archive(archive, tmp_path / "out")
 
 
-def test_attributes_of_all_members_are_not_gathered_without_end(tmp_path):
+def test_total_number_of_attributes_is_limited(tmp_path):
     records = [pax(**{f"key{number}": "x" for number in range(start, start + 100)}) for start in range(0, 1100, 100)]
     headers = [
         raw_header(b"pax", int(record[124:135], 8), b"g") + record[512:] + raw_header(b"a%d" % n)
@@ -99,7 +99,7 @@ def test_attributes_of_all_members_are_not_gathered_without_end(tmp_path):
 
 @pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress], ids=["gzip", "bzip2", "xz"])
 @pytest.mark.parametrize("wanted", [True, False])
-def test_tar_that_becomes_far_larger_than_it_is_is_refused(pack, wanted, tmp_path, monkeypatch):
+def test_tar_that_unpacks_to_far_more_than_its_size_is_refused(pack, wanted, tmp_path, monkeypatch):
     monkeypatch.setattr(archives, "_SPARE", 1 << 20)
     archive = written(tmp_path / "archive", pack(raw_header(b"set/a", 1 << 25) + bytes(1 << 25) + bytes(10_240)))
     with pytest.raises(
@@ -110,14 +110,14 @@ def test_tar_that_becomes_far_larger_than_it_is_is_refused(pack, wanted, tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["archive"]
 
 
-def test_tar_that_goes_on_after_its_end_is_read_only_so_far(tmp_path, monkeypatch):
+def test_data_after_the_end_of_a_tar_is_read_only_up_to_a_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(archives, "_SPARE", 1 << 20)
     archive = written(tmp_path / "archive", gzip.compress(raw_header(b"set/a", 0) + bytes(1 << 25)))
     with pytest.raises(DataError, match=r"archive unpacks to more than [0-9,]+ bytes"):
         unpack_archive(archive, tmp_path / "out")
 
 
-def test_name_that_is_not_utf_8_comes_out_as_it_is(tmp_path):
+def test_non_utf_8_name_is_kept_unchanged(tmp_path):
     archive = written(tmp_path / "archive", raw_header(b"set/\xff.txt", 0), bytes(10_240))
     folder = unpack_archive(archive, tmp_path / "out")
     assert os.listdir(os.fsencode(folder / "set")) == [b"\xff.txt"]

@@ -1,4 +1,4 @@
-"""Archives: what they hold comes out, whole or not at all, and nothing leaves the folder."""
+"""Archives are unpacked completely or not at all, and nothing is written outside the folder."""
 
 import io
 import multiprocessing
@@ -62,7 +62,7 @@ MAKERS = [
 
 
 @pytest.mark.parametrize("make", MAKERS)
-def test_what_was_packed_comes_out(make, tmp_path):
+def test_unpacked_files_equal_the_packed_ones(make, tmp_path):
     folder = unpack_archive(make(tmp_path / "archive"), tmp_path / "out" / "here")
     assert content_of(folder) == FILES
     assert not any(path.stat().st_mode & (stat.S_ISUID | stat.S_IWOTH) for path in folder.rglob("*"))
@@ -70,21 +70,21 @@ def test_what_was_packed_comes_out(make, tmp_path):
 
 
 @pytest.mark.parametrize("make", MAKERS)
-def test_only_wanted_members_come_out(make, tmp_path):
+def test_only_wanted_members_are_unpacked(make, tmp_path):
     folder = unpack_archive(
         make(tmp_path / "archive"), tmp_path / "out", members=lambda name: name.startswith("set/train/")
     )
     assert content_of(folder).keys() == {"set/train/a.txt", "set/train/b.txt"}
 
 
-def test_folder_that_exists_is_whole_and_stays(tmp_path):
+def test_existing_folder_counts_as_complete_and_is_kept(tmp_path):
     (tmp_path / "out").mkdir()
     assert content_of(unpack_archive(tmp_path / "no archive", tmp_path / "out")) == {}
 
 
 @pytest.mark.parametrize("make", MAKERS)
 @pytest.mark.parametrize("name", ["../evil", "set/../../evil", "/evil", "set\\..\\..\\evil", "C:\\evil", "c:/evil"])
-def test_members_that_leave_the_folder_are_refused(make, name, tmp_path):
+def test_members_outside_the_folder_are_refused(make, name, tmp_path):
     archive = make(tmp_path / "archive", {**FILES, name: b"evil"})
     with pytest.raises(
         DataError, match=r"archive: member '.*evil' would be written outside of the folder; nothing was unpacked"
@@ -126,7 +126,7 @@ def test_links_and_devices_are_refused_if_they_are_required(make, what, tmp_path
     assert content_of(unpack_archive(archive, tmp_path / "out", members=lambda name: name.endswith(".txt"))) == FILES
 
 
-def test_python_without_the_filter_is_asked_to_be_updated(tmp_path, monkeypatch):
+def test_error_in_a_python_without_the_tar_filter_advises_an_update(tmp_path, monkeypatch):
     monkeypatch.delattr(tarfile, "data_filter")
     with pytest.raises(DataError, match=r"Python 3.* has no filter for data archives; update Python to 3\.11\.4 or"):
         unpack_archive(make_tar(tmp_path / "archive"), tmp_path / "out")
@@ -134,7 +134,7 @@ def test_python_without_the_filter_is_asked_to_be_updated(tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("again", ["set/train/a.txt", "./set/train/a.txt"])
 @pytest.mark.filterwarnings("ignore:Duplicate name")
-def test_member_that_is_there_twice_is_named(again, tmp_path):
+def test_error_names_a_duplicate_member(again, tmp_path):
     with tarfile.open(make_tar(tmp_path / "tar", mode="w"), "a") as tar:
         tar.addfile(tarfile.TarInfo(again))
     with zipfile.ZipFile(make_zip(tmp_path / "zip"), "a") as file:
@@ -149,10 +149,10 @@ def test_member_that_is_there_twice_is_named(again, tmp_path):
 
 @pytest.mark.parametrize("make", MAKERS)
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.99])
-def test_truncated_archive_is_named_and_leaves_no_folder(make, share, tmp_path):
+def test_truncated_archive_gives_an_error_and_leaves_no_folder(make, share, tmp_path):
     archive = make(tmp_path / "archive")
     content = archive.read_bytes()
-    # A plain tar ends in up to 10,240 zeros, of which two blocks count.
+    # A plain tar ends in up to 10,240 zeros, of which only two blocks are required.
     content = content.rstrip(b"\0") if content.endswith(bytes(1024)) else content
     archive.write_bytes(content[: int(share * len(content))])
     with pytest.raises(
@@ -163,21 +163,21 @@ def test_truncated_archive_is_named_and_leaves_no_folder(make, share, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["archive"]
 
 
-def test_tar_that_stops_between_two_members_is_truncated(tmp_path):
+def test_tar_cut_between_two_members_counts_as_truncated(tmp_path):
     archive = make_tar(tmp_path / "archive", {"a": b"x" * 512, "b": b"y" * 512}, "w")
-    archive.write_bytes(archive.read_bytes()[: 3 * 512])  # the folder, and the first file whole
+    archive.write_bytes(archive.read_bytes()[: 3 * 512])  # the folder and the complete first file
     with pytest.raises(DataError, match=r"archive cannot be read: its end is missing; it is truncated"):
         unpack_archive(archive, tmp_path / "out")
 
 
-def test_zip_that_becomes_far_larger_than_it_is_is_refused(tmp_path, monkeypatch):
+def test_zip_that_unpacks_to_far_more_than_its_size_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(archives, "_SPARE", 1 << 20)
     with pytest.raises(DataError, match=r"archive unpacks to more than [0-9,]+ bytes"):
         unpack_archive(make_zip(tmp_path / "archive", {"a": bytes(1 << 25)}), tmp_path / "out")
 
 
 @pytest.mark.parametrize("make", MAKERS)
-def test_more_than_the_data_set_has_is_refused(make, tmp_path):
+def test_archive_with_more_bytes_than_the_data_set_is_refused(make, tmp_path):
     archive = make(tmp_path / "archive")
     size = sum(map(len, FILES.values()))
     with pytest.raises(
@@ -197,7 +197,7 @@ def test_more_members_than_any_data_set_has_are_refused(make, limit, tmp_path, m
 
 
 @pytest.mark.parametrize("make", MAKERS)
-def test_more_than_the_disk_holds_is_refused_before_it_is_written(make, tmp_path, monkeypatch):
+def test_archive_larger_than_the_free_space_is_refused_before_writing(make, tmp_path, monkeypatch):
     archive = make(tmp_path / "archive")
     monkeypatch.setattr(archives.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(
@@ -210,7 +210,7 @@ def test_more_than_the_disk_holds_is_refused_before_it_is_written(make, tmp_path
 @pytest.mark.parametrize(
     "name", ["x" * 5000, "a/" * 600 + "b", "set/CON", "set/aux.txt", "com²", "line\nbreak"], ids=lambda name: name[:9]
 )
-def test_names_that_not_every_system_can_write_are_refused(make, name, tmp_path):
+def test_names_invalid_on_some_systems_are_refused(make, name, tmp_path):
     with pytest.raises(
         DataError, match=r"archive: the name of member '.*' is invalid on some systems, which no data set has"
     ) as caught:
@@ -227,7 +227,7 @@ def test_names_that_not_every_system_can_write_are_refused(make, name, tmp_path)
 
 
 @pytest.mark.parametrize("make", MAKERS)
-def test_member_in_a_folder_that_is_a_file_is_named(make, tmp_path):
+def test_error_names_a_member_whose_folder_is_a_file(make, tmp_path):
     with pytest.raises(
         DataError, match=r"archive: member 'a/b' is in a folder that is a file in the archive; it is truncated, damaged"
     ):
@@ -246,7 +246,7 @@ def test_member_in_a_folder_that_is_a_file_is_named(make, tmp_path):
         ),
     ],
 )
-def test_file_that_is_no_archive_is_named(place, complaint, tmp_path):
+def test_error_names_a_file_that_is_not_an_archive(place, complaint, tmp_path):
     place(tmp_path / "archive")
     with pytest.raises(DataError, match=complaint):
         unpack_archive(tmp_path / "archive", tmp_path / "out")
@@ -257,12 +257,12 @@ def test_file_that_is_no_archive_is_named(place, complaint, tmp_path):
     [
         pytest.param(6, b"\xff\xff", id="version"),
         pytest.param(8, b"\x01\0", id="encrypted"),
-        pytest.param(10, b"\x0c\0", id="bzip2 that is none"),
-        pytest.param(10, b"\x0e\0", id="lzma that is none"),
+        pytest.param(10, b"\x0c\0", id="invalid bzip2"),
+        pytest.param(10, b"\x0e\0", id="invalid lzma"),
         pytest.param(10, b"\x63\0", id="method"),
     ],
 )
-def test_zip_in_forms_that_python_does_not_read_is_a_sentence(at, content, tmp_path):
+def test_unsupported_zip_variant_gives_an_error_message(at, content, tmp_path):
     archive = make_zip(tmp_path / "archive", {"a.txt": b"some text" * 100})
     data = bytearray(archive.read_bytes())
     central = data.rfind(b"PK\x01\x02")
@@ -300,7 +300,7 @@ def unpack_and_die(archive, folder):
     unpack_archive(archive, folder)
 
 
-def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
+def test_next_call_removes_the_remains_of_a_killed_process(tmp_path):
     archive = make_tar(tmp_path / "archive")
     process = multiprocessing.get_context("fork").Process(target=unpack_and_die, args=(archive, tmp_path / "out"))
     process.start()
@@ -311,12 +311,12 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["archive", "out"]
 
 
-def test_several_at_once_all_find_the_whole_folder(tmp_path):
+def test_concurrent_calls_all_get_the_complete_folder(tmp_path):
     archive, barrier = make_tar(tmp_path / "archive"), threading.Barrier(4, timeout=30)
 
     def wanted(name):
         if name == "set/train/a.txt":
-            barrier.wait()  # all have begun before any has finished
+            barrier.wait()  # all calls start before any finishes
         return True
 
     with ThreadPoolExecutor(4) as pool:

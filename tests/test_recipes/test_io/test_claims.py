@@ -1,5 +1,5 @@
-"""Locks and claims of folders: one process at a time, whoever is killed lets go, and of many at once everyone gets a
-folder of its own.
+"""Locks and claims of folders: one process holds a lock, a killed process releases it, and concurrent starts get
+separate folders.
 """
 
 import errno
@@ -15,12 +15,12 @@ import pytest
 from sma.errors import CheckpointError
 from sma.recipes.io.claims import LOCK, claim_folder, is_empty, run_lock
 
-# Forked, because a new process would first import torch, which the locks have nothing to do with.
+# Forked, because a new process would first import torch, which the locks do not need.
 CONTEXT = multiprocessing.get_context("fork")
 
 
 def _hold(folder, inside=lambda: None):
-    """A process that holds the lock of a folder until it is told to go, and what tells it."""
+    """A process that holds the lock of a folder until it receives a message, and the pipe for this message."""
     ours, theirs = CONTEXT.Pipe()
 
     def work():
@@ -58,7 +58,7 @@ def test_refusal_names_host_and_process_of_the_holder(tmp_path):
     assert list((tmp_path / "run").iterdir()) == []
 
 
-def test_killed_holder_lets_go(tmp_path):
+def test_killed_holder_releases_the_lock(tmp_path):
     _kill(_hold(tmp_path)[0])
     assert (tmp_path / LOCK).is_file()
     with run_lock(tmp_path):
@@ -81,7 +81,7 @@ def test_children_of_a_killed_holder_do_not_keep_the_lock(tmp_path):
         os.kill(int((tmp_path / "child").read_text()), signal.SIGKILL)
 
 
-def test_lock_of_one_who_ends_soon_is_waited_for(tmp_path):
+def test_run_lock_waits_for_a_holder_that_ends_soon(tmp_path):
     holder, pipe = _hold(tmp_path)
     began = time.monotonic()
     threading.Timer(0.3, pipe.send, ["go"]).start()
@@ -91,7 +91,7 @@ def test_lock_of_one_who_ends_soon_is_waited_for(tmp_path):
     assert holder.exitcode == 0
 
 
-def test_who_holds_a_lock_may_take_it_again_and_another_thread_may_not(tmp_path):
+def test_lock_is_reentrant_in_its_thread_and_refused_in_another(tmp_path):
     found = []
 
     def other():
@@ -113,7 +113,7 @@ def test_who_holds_a_lock_may_take_it_again_and_another_thread_may_not(tmp_path)
         pass
 
 
-def test_lock_is_let_go_when_the_work_fails(tmp_path):
+def test_lock_is_released_when_the_body_raises(tmp_path):
     with pytest.raises(ZeroDivisionError), run_lock(tmp_path):
         raise ZeroDivisionError
     holder, pipe = _hold(tmp_path)
@@ -123,7 +123,7 @@ def test_lock_is_let_go_when_the_work_fails(tmp_path):
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL])
-def test_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, caplog, code):
+def test_file_system_without_locks_gives_a_warning(tmp_path, monkeypatch, caplog, code):
     def refuse(*_):
         raise OSError(code, os.strerror(code))
 
@@ -140,7 +140,7 @@ def test_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, caplog, c
 
 @pytest.mark.parametrize("code", [errno.EAGAIN, errno.EACCES])
 @pytest.mark.parametrize("text", [b"", b"\xff\x00", b"[" * 1000, b'{"host": 1}', b'{"process": "x"}', b"7"])
-def test_holder_that_left_no_readable_name_is_another_process(tmp_path, monkeypatch, text, code):
+def test_holder_with_an_unreadable_lock_file_is_called_another_process(tmp_path, monkeypatch, text, code):
     def refuse(*_):
         raise OSError(code, os.strerror(code))
 
@@ -151,7 +151,7 @@ def test_holder_that_left_no_readable_name_is_another_process(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder"])
-def test_something_else_in_the_place_of_the_lock_is_a_sentence(tmp_path, kind):
+def test_lock_path_that_is_not_a_file_gives_an_error_message(tmp_path, kind):
     os.mkfifo(tmp_path / LOCK) if kind == "pipe" else (tmp_path / LOCK).mkdir()
     with (
         pytest.raises(
@@ -163,7 +163,7 @@ def test_something_else_in_the_place_of_the_lock_is_a_sentence(tmp_path, kind):
 
 
 @pytest.mark.parametrize("link", ["to-a-file", "to-nothing", "hard"])
-def test_link_in_the_place_of_the_lock_leads_nowhere(tmp_path, link):
+def test_link_at_the_lock_path_is_refused_and_not_followed(tmp_path, link):
     (tmp_path / "run").mkdir()
     victim = tmp_path / "victim"
     if link != "to-nothing":
@@ -174,7 +174,7 @@ def test_link_in_the_place_of_the_lock_leads_nowhere(tmp_path, link):
     assert not victim.exists() if link == "to-nothing" else victim.read_text(encoding="utf-8") == "precious"
 
 
-def test_folder_that_cannot_be_made_is_a_sentence(tmp_path):
+def test_folder_that_cannot_be_created_gives_an_error_message(tmp_path):
     (tmp_path / "file").touch()
     with (
         pytest.raises(CheckpointError, match=r"cannot write '.*run': Not a directory"),
@@ -208,7 +208,7 @@ def test_claimed_folder_must_be_empty(tmp_path):
         assert other == tmp_path / "run-2"
 
 
-def test_what_a_killed_start_left_counts_as_empty(tmp_path):
+def test_folder_with_only_the_remains_of_a_killed_start_counts_as_empty(tmp_path):
     (tmp_path / LOCK).touch()
     (tmp_path / ".experiment.yaml.1a2b.draft").touch()
     assert is_empty(tmp_path)
@@ -216,7 +216,7 @@ def test_what_a_killed_start_left_counts_as_empty(tmp_path):
         pass
 
 
-def test_folder_that_stays_empty_is_removed_only_where_it_was_made_here(tmp_path):
+def test_empty_folder_is_removed_only_if_the_claim_created_it(tmp_path):
     (tmp_path / "old").mkdir()
     for name in ("old", "new"):
         with pytest.raises(ZeroDivisionError), claim_folder(tmp_path / name):
@@ -236,7 +236,7 @@ def _claim(path, numbered, pipe):
 
 
 @pytest.mark.parametrize("way", ["numbered", "named"])
-def test_of_many_starts_at_once_one_gets_a_folder(tmp_path, way):
+def test_concurrent_starts_never_share_a_folder(tmp_path, way):
     pipes = [CONTEXT.Pipe() for _ in range(4)]
     starts = [
         CONTEXT.Process(target=_claim, args=(tmp_path / "run", way == "numbered", theirs), daemon=True)

@@ -1,6 +1,4 @@
-"""Downloads against a server of our own that does what servers do: knows ranges or not, breaks off, changes the
-file.
-"""
+"""Downloads from a local server: with and without ranges, with broken connections, and with a changed file."""
 
 import hashlib
 import http.server
@@ -27,7 +25,7 @@ MD5 = hashlib.md5(CONTENT).hexdigest()
 
 @dataclass
 class Server:
-    """What the server has, how it behaves, and what it was asked."""
+    """State of the server: its file, its behaviour, and the requested ranges."""
 
     content: bytes = CONTENT
     etag: str | None = '"one"'
@@ -37,10 +35,10 @@ class Server:
     breaks_after: list[int] = field(default_factory=list)  # bytes of each answer before the connection breaks
     asked: list[str | None] = field(default_factory=list)
     address: str = ""
-    waits: threading.Event | None = None  # after the first bytes of an answer
+    waits: threading.Event | None = None  # ends the pause after the first bytes of an answer
     drips: bool = False
-    more: dict[str, str] = field(default_factory=dict)  # further headers
-    answer: bytes | None = None  # instead of anything else
+    more: dict[str, str] = field(default_factory=dict)  # additional headers
+    answer: bytes | None = None  # raw bytes that replace the whole answer
 
     def reply(self, handler):
         self.asked.append(handler.headers.get("Range"))
@@ -107,7 +105,7 @@ def get(server, path, **hashes):
 
 
 def interrupted(server, path, at=100_000, monkeypatch=None):
-    """A download that gave up after `at` bytes."""
+    """Start a download that fails after `at` bytes, and clear the requests."""
     server.breaks_after = [at] + [0] * 10
     with pytest.raises(DataError, match="with 100,000 bytes here"):
         get(server, path)
@@ -115,7 +113,7 @@ def interrupted(server, path, at=100_000, monkeypatch=None):
 
 
 @pytest.mark.parametrize("hashes", [{}, {"sha256": SHA256}, {"md5": MD5.upper()}, {"sha256": SHA256, "md5": MD5}])
-def test_file_is_downloaded_whole(server, tmp_path, hashes):
+def test_file_is_downloaded_completely(server, tmp_path, hashes):
     path = tmp_path / "new" / "folder" / "file"
     assert get(server, path, **hashes) == path
     assert path.read_bytes() == CONTENT
@@ -127,13 +125,13 @@ def test_bar_is_drawn(server, tmp_path, capsys):
     assert "file" in capsys.readouterr().out
 
 
-def test_file_that_is_there_is_not_downloaded_again(server, tmp_path):
+def test_existing_file_is_not_downloaded_again(server, tmp_path):
     get(server, tmp_path / "file")
     get(server, tmp_path / "file", sha256=SHA256)
     assert server.asked == [None]
 
 
-def test_file_that_is_there_with_another_hash_is_named_and_kept(server, tmp_path):
+def test_existing_file_with_another_hash_gives_an_error_and_is_kept(server, tmp_path):
     (tmp_path / "file").write_bytes(b"mine")
     mine = hashlib.sha256(b"mine").hexdigest()
     with pytest.raises(
@@ -144,7 +142,7 @@ def test_file_that_is_there_with_another_hash_is_named_and_kept(server, tmp_path
     assert server.asked == []
 
 
-def test_broken_connections_are_continued_where_they_broke(server, tmp_path):
+def test_broken_downloads_resume_at_the_first_missing_byte(server, tmp_path):
     server.breaks_after = [100_000, 50_000, 0, 1]
     assert get(server, tmp_path / "file", sha256=SHA256).read_bytes() == CONTENT
     assert server.asked == [None, "bytes=100000-", "bytes=150000-", "bytes=150000-", "bytes=150001-"]
@@ -168,25 +166,25 @@ def test_next_call_resumes_if_the_server_still_has_the_file(server, tmp_path, ch
     assert server.asked == ["bytes=100000-", None][:requests]
 
 
-def test_another_address_is_another_file(server, tmp_path):
+def test_download_from_another_address_starts_anew(server, tmp_path):
     interrupted(server, tmp_path / "file")
     assert fetch(server.address + "?other", tmp_path / "file", progress=False).read_bytes() == CONTENT
     assert server.asked == [None]
 
 
-def test_server_that_does_not_identify_its_file_is_read_from_the_start(server, tmp_path):
+def test_download_without_an_etag_restarts_from_the_beginning(server, tmp_path):
     server.etag = None
     server.breaks_after = [100_000]
     assert get(server, tmp_path / "file").read_bytes() == CONTENT
     assert server.asked == [None, None]
 
 
-def test_server_that_does_not_say_the_length_is_believed(server, tmp_path):
+def test_file_without_a_content_length_is_downloaded(server, tmp_path):
     server.length = False
     assert get(server, tmp_path / "file", sha256=SHA256).read_bytes() == CONTENT
 
 
-def test_part_that_was_whole_is_not_asked_for_again(server, tmp_path, monkeypatch):
+def test_complete_part_file_is_not_requested_again(server, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(
             download.os, "replace", lambda *paths: (_ for _ in ()).throw(OSError(28, "No space left on device"))
@@ -197,7 +195,7 @@ def test_part_that_was_whole_is_not_asked_for_again(server, tmp_path, monkeypatc
     assert server.asked == [None]
 
 
-def test_wrong_hash_is_said_with_both_and_leaves_nothing(server, tmp_path):
+def test_wrong_hash_is_reported_with_the_expected_one_and_leaves_nothing(server, tmp_path):
     with pytest.raises(
         DataError, match=rf"sent an unexpected file, so .*: its sha256 is {SHA256}, expected {'0' * 64}"
     ):
@@ -205,7 +203,7 @@ def test_wrong_hash_is_said_with_both_and_leaves_nothing(server, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_missing_file_is_a_sentence_at_once(server, tmp_path):
+def test_missing_file_on_the_server_fails_without_a_retry(server, tmp_path):
     server.status = 404
     with pytest.raises(
         DataError, match=r"cannot download http.*: the server answers 404 Not Found; .* put the file at .*file yourself"
@@ -214,7 +212,7 @@ def test_missing_file_is_a_sentence_at_once(server, tmp_path):
     assert len(server.asked) == 1
 
 
-def test_busy_server_is_asked_again_a_few_times(server, tmp_path):
+def test_request_to_a_busy_server_is_retried_a_few_times(server, tmp_path):
     server.status = 503
     with pytest.raises(
         DataError, match=r"the server answers 503 Service Unavailable \(after 5 attempts, with 0 bytes here\)"
@@ -223,8 +221,8 @@ def test_busy_server_is_asked_again_a_few_times(server, tmp_path):
     assert len(server.asked) == 5
 
 
-def test_no_network_is_a_sentence(server, tmp_path, monkeypatch):
-    # Port 1 is reserved, and nobody listens on it.
+def test_missing_network_gives_an_error_message(server, tmp_path, monkeypatch):
+    # Port 1 is reserved, and nothing listens on it.
     with pytest.raises(
         DataError, match=r"cannot download http://127\.0\.0\.1:1/file: .*refused.*; check the network and call again"
     ):
@@ -238,7 +236,7 @@ def test_other_kinds_of_addresses_are_refused(tmp_path):
         fetch("file:///etc/passwd", tmp_path / "file")
 
 
-def test_full_disk_is_a_sentence_and_keeps_what_came(server, tmp_path, monkeypatch):
+def test_full_disk_gives_an_error_message_and_keeps_the_bytes(server, tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
@@ -252,7 +250,7 @@ def test_full_disk_is_a_sentence_and_keeps_what_came(server, tmp_path, monkeypat
     assert server.asked == [None]
 
 
-def test_several_at_once_download_once(server, tmp_path, capsys):
+def test_concurrent_calls_download_once(server, tmp_path, capsys):
     server.waits, said, end = threading.Event(), "", time.monotonic() + 30
     with ThreadPoolExecutor(3) as pool:
         downloads = [pool.submit(fetch, server.address, tmp_path / "file", sha256=SHA256) for _ in range(3)]
@@ -265,7 +263,7 @@ def test_several_at_once_download_once(server, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_process_killed_while_it_downloads_keeps_nobody_waiting(server, tmp_path):
+def test_killed_download_does_not_block_the_next_call(server, tmp_path):
     server.waits = threading.Event()
     process = multiprocessing.get_context("fork").Process(target=get, args=(server, tmp_path / "file"))
     process.start()
@@ -279,13 +277,13 @@ def test_process_killed_while_it_downloads_keeps_nobody_waiting(server, tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_file_that_cannot_be_hashed_is_named(server, tmp_path):
+def test_folder_at_the_path_of_the_file_is_refused(server, tmp_path):
     (tmp_path / "file").mkdir()
     with pytest.raises(DataError, match=r"file' is a folder; a plain file is required"):
         get(server, tmp_path / "file", sha256=SHA256)
 
 
-def test_file_that_says_that_it_is_too_long_is_refused_before_it_comes(server, tmp_path):
+def test_announced_length_above_the_maximum_is_refused_before_the_download(server, tmp_path):
     with pytest.raises(
         DataError,
         match=r"the server sends more than 1,000 bytes, the maximum of the file; look for a newer address, or",
@@ -295,7 +293,7 @@ def test_file_that_says_that_it_is_too_long_is_refused_before_it_comes(server, t
 
 
 @pytest.mark.parametrize("breaks", [[], [200_000]], ids=["at once", "after a break"])
-def test_file_without_a_length_that_does_not_end_is_refused_where_it_is_too_long(server, tmp_path, breaks):
+def test_download_of_unknown_length_stops_at_the_maximum(server, tmp_path, breaks):
     server.length, server.breaks_after = False, breaks
     with pytest.raises(DataError, match=r"the server sends more than 100,000 bytes, the maximum of the file"):
         get(server, tmp_path / "file", most=100_000)
@@ -304,7 +302,7 @@ def test_file_without_a_length_that_does_not_end_is_refused_where_it_is_too_long
     assert get(server, tmp_path / "file", most=len(CONTENT)).read_bytes() == CONTENT
 
 
-def test_file_that_the_disk_does_not_hold_is_refused_before_it_comes(server, tmp_path, monkeypatch):
+def test_file_larger_than_the_free_space_is_refused_before_the_download(server, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(
         DataError,
@@ -313,7 +311,7 @@ def test_file_that_the_disk_does_not_hold_is_refused_before_it_comes(server, tmp
         get(server, tmp_path / "file")
 
 
-def test_server_that_sends_byte_after_byte_is_given_up(server, tmp_path, monkeypatch):
+def test_download_from_a_very_slow_server_is_given_up(server, tmp_path, monkeypatch):
     monkeypatch.setattr(download, "_SLOW_SECONDS", 0.02)
     server.drips = True
     with pytest.raises(
@@ -322,7 +320,7 @@ def test_server_that_sends_byte_after_byte_is_given_up(server, tmp_path, monkeyp
         get(server, tmp_path / "file")
 
 
-def test_server_that_breaks_off_after_every_byte_is_given_up(server, tmp_path):
+def test_download_whose_connection_breaks_after_every_byte_is_given_up(server, tmp_path):
     server.breaks_after = [1] * 100
     with pytest.raises(
         DataError, match=r"the connection ended before byte 512,000 \(after 5 attempts, with 5 bytes here\)"
@@ -331,7 +329,7 @@ def test_server_that_breaks_off_after_every_byte_is_given_up(server, tmp_path):
 
 
 @pytest.mark.parametrize("length", ["x", "-5", "1" * 5000, "²"])
-def test_length_that_is_no_number_is_none(server, tmp_path, length):
+def test_invalid_content_length_counts_as_unknown(server, tmp_path, length):
     server.length, server.more = False, {"Content-Length": length}
     assert get(server, tmp_path / "file", most=len(CONTENT)).read_bytes() == CONTENT
 
@@ -339,7 +337,7 @@ def test_length_that_is_no_number_is_none(server, tmp_path, length):
 @pytest.mark.parametrize(
     "answer", [b"", b"\0\xff" * 100 + b"\r\n\r\n", b"HTTP/1.1 200\r\n" + b"x" * 100_000, b"HTTP/1.1 999 \xff\r\n\r\n"]
 )
-def test_answer_that_is_none_is_a_sentence(server, tmp_path, answer):
+def test_invalid_http_answer_gives_an_error_message(server, tmp_path, answer):
     server.answer = answer
     with pytest.raises(
         DataError, match=r"cannot download http://127\.0\.0\.1.*; (check the network|look for a newer)"
@@ -358,14 +356,14 @@ def test_answer_that_is_none_is_a_sentence(server, tmp_path, answer):
         pytest.param(b"\xff", id="no text"),
     ],
 )
-def test_notes_that_are_damaged_do_not_matter(server, tmp_path, notes):
+def test_damaged_resume_notes_are_ignored(server, tmp_path, notes):
     interrupted(server, tmp_path / "file")
     (tmp_path / "file.part.json").write_bytes(notes.replace(b"URL", server.address.encode()))
     assert get(server, tmp_path / "file", sha256=SHA256).read_bytes() == CONTENT
 
 
 @pytest.mark.parametrize("name", ["file", "file.part", "file.part.json"])
-def test_pipe_in_the_place_of_any_file_is_refused_at_once(server, tmp_path, name):
+def test_pipe_at_the_path_of_any_file_is_refused_at_once(server, tmp_path, name):
     os.mkfifo(tmp_path / name)
     with pytest.raises(DataError, match=rf"{name}' is a named pipe; a plain file is required"):
         get(server, tmp_path / "file", sha256=SHA256)

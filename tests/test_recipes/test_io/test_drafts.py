@@ -1,4 +1,4 @@
-"""Locks of folders and files: waited for, and not in silence; one holder at a time, whatever becomes of the file."""
+"""Locks of folders and files: a long wait is announced, and there is one holder even if a file is moved or deleted."""
 
 import fcntl
 import os
@@ -11,22 +11,22 @@ from sma.recipes.io import drafts
 from sma.recipes.io.drafts import locked, locked_file
 
 
-@pytest.mark.parametrize("patience", [0.0, 60.0], ids=["told", "in silence"])
-def test_a_lock_is_waited_for_and_a_long_wait_is_told(tmp_path, monkeypatch, capsys, patience):
+@pytest.mark.parametrize("patience", [0.0, 60.0], ids=["announced", "silent"])
+def test_locked_waits_and_announces_a_long_wait(tmp_path, monkeypatch, capsys, patience):
     monkeypatch.setattr(drafts, "PATIENCE", patience)
     other = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(other, fcntl.LOCK_EX)
     threading.Timer(0.3, os.close, (other,)).start()
     with locked(tmp_path) as handle:
         with pytest.raises(OSError, match="Bad file descriptor"):
-            os.fstat(other)  # it was let go before
+            os.fstat(other)  # it was released before
         assert handle is not None
     told = f"another process is writing in {tmp_path}; waiting for it\n"
     assert capsys.readouterr().err == ("" if patience else told)
 
 
 @pytest.mark.parametrize("moved", [True, False], ids=["moved by its holder", "deleted as empty"])
-def test_the_lock_of_a_file_has_one_holder_while_the_file_comes_and_goes(tmp_path, moved):
+def test_lock_of_a_file_has_one_holder_while_the_file_is_moved_or_deleted(tmp_path, moved):
     path, holders, most = tmp_path / "file", [], []
 
     def hold(worker):

@@ -1,4 +1,4 @@
-"""Generated files on disk: whole or made again, whatever kills the process, and checked each time they are used."""
+"""Generated files on disk: complete or generated again after any kill, and checked at every use."""
 
 import errno
 import hashlib
@@ -87,7 +87,7 @@ def test_interrupted_generation_leaves_nothing_and_can_be_repeated(tmp_path, mon
 
 
 def killed_at_move(folder, moves):
-    """Generate in a process that ends after so many moves, as by SIGKILL: nothing of it runs any more."""
+    """Generate in a process that exits after `moves` moves without any cleanup, as after SIGKILL."""
 
     def run():
         real, done = os.replace, itertools.count(1)
@@ -114,20 +114,20 @@ def killed_at_move(folder, moves):
 
 
 @pytest.mark.parametrize("moves", range(MOVES + 1))
-def test_data_of_a_process_killed_at_any_moment_is_made_again(tmp_path, moves):
+def test_data_of_a_process_killed_at_any_moment_is_generated_again(tmp_path, moves):
     killed_at_move(tmp_path / "data", moves)
     assert prepare(tmp_path / "data") == prepare(tmp_path / "elsewhere")
     assert content_of(tmp_path / "data") == content_of(tmp_path / "elsewhere")
 
 
-def test_another_process_killed_while_making_again_what_was_deleted_leaves_no_knot(tmp_path):
+def test_data_is_generated_after_a_kill_during_the_repair_of_a_deleted_file(tmp_path):
     hashes = prepare(tmp_path)
     (tmp_path / "second.txt").unlink()
     killed_at_move(tmp_path, 1)
     assert prepare(tmp_path) == hashes
 
 
-def test_moves_that_fail_are_made_again(tmp_path, monkeypatch):
+def test_failed_moves_are_repeated_by_the_next_call(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", raising_at_call(3, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), os.replace))
         with pytest.raises(
@@ -139,7 +139,7 @@ def test_moves_that_fail_are_made_again(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("owner", "name", "call"), PLACES)
-def test_full_disk_is_a_data_error_and_leaves_nothing(tmp_path, monkeypatch, owner, name, call):
+def test_full_disk_raises_a_data_error_and_leaves_nothing(tmp_path, monkeypatch, owner, name, call):
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     monkeypatch.setattr(owner, name, raising_at_call(call, full, getattr(owner, name)))
     with pytest.raises(
@@ -149,7 +149,7 @@ def test_full_disk_is_a_data_error_and_leaves_nothing(tmp_path, monkeypatch, own
     assert content_of(tmp_path) == {}
 
 
-def test_limit_of_the_system_on_file_sizes_is_a_data_error_and_leaves_nothing(tmp_path):
+def test_file_size_limit_of_the_system_raises_a_data_error_and_leaves_nothing(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
@@ -160,7 +160,7 @@ def test_limit_of_the_system_on_file_sizes_is_a_data_error_and_leaves_nothing(tm
     assert content_of(tmp_path) == {}
 
 
-def test_folder_that_is_a_file_is_a_data_error(tmp_path):
+def test_file_at_the_path_of_the_folder_raises_a_data_error(tmp_path):
     (tmp_path / "taken").write_text("mine")
     with pytest.raises(DataError, match=r"cannot keep data in .*taken': File exists"):
         prepare(tmp_path / "taken")
@@ -172,7 +172,7 @@ def test_errors_of_the_writer_pass_unchanged_and_leave_nothing(tmp_path):
     assert content_of(tmp_path) == {}
 
 
-def test_changed_file_is_refused_and_made_again_once_deleted(tmp_path):
+def test_changed_file_is_refused_and_generated_again_once_deleted(tmp_path):
     hashes = prepare(tmp_path)
     with (tmp_path / "second.txt").open("ab") as file:
         file.write(b"!")
@@ -216,7 +216,7 @@ def test_files_that_were_not_generated_are_never_overwritten(tmp_path):
     assert content_of(tmp_path) == {"third.txt": b"mine"}
 
 
-def test_unrelated_files_in_the_folder_do_not_matter(tmp_path):
+def test_unrelated_files_in_the_folder_are_kept(tmp_path):
     (tmp_path / "notes.md").write_bytes(b"mine")
     prepare(tmp_path)
     assert content_of(tmp_path)["notes.md"] == b"mine"
@@ -243,31 +243,31 @@ def test_unrelated_files_in_the_folder_do_not_matter(tmp_path):
         ),
     ],
 )
-def test_broken_manifest_is_a_data_error(tmp_path, content, complaint):
+def test_broken_manifest_raises_a_data_error(tmp_path, content, complaint):
     (tmp_path / "manifest.json").write_bytes(content)
     with pytest.raises(DataError, match=complaint):
         prepare(tmp_path, during=must_not_run)
 
 
-def test_hash_of_a_file_that_cannot_be_read_is_a_data_error(tmp_path):
+def test_hash_of_an_unreadable_file_raises_a_data_error(tmp_path):
     with pytest.raises(DataError, match=r"cannot read '.*none.txt': No such file or directory"):
         digest_of(tmp_path / "none.txt")
 
 
 def prepare_at_once(folder, recipes):
-    """Prepare every recipe in a thread of its own; all of them are writing before any has finished."""
+    """Prepare every recipe in its own thread; all threads write before any finishes."""
     barrier = threading.Barrier(len(recipes), timeout=30)
     with ThreadPoolExecutor(len(recipes)) as pool:
         return [pool.submit(prepare, folder, made_by, barrier.wait) for made_by in recipes]
 
 
-def test_generations_of_the_same_data_at_once_agree(tmp_path):
+def test_concurrent_generations_of_the_same_data_agree(tmp_path):
     results = [future.result() for future in prepare_at_once(tmp_path / "data", [recipe()] * 3)]
     assert results == [prepare(tmp_path / "alone")] * 3
     assert content_of(tmp_path / "data") == content_of(tmp_path / "alone")
 
 
-def test_generations_of_different_data_at_once_leave_one_of_them_whole(tmp_path):
+def test_concurrent_generations_of_different_data_leave_one_complete(tmp_path):
     recipes = [recipe(seed=1), recipe(seed=2)]
     errors = [future.exception() for future in prepare_at_once(tmp_path, recipes)]
     (winner,) = [made_by for made_by, error in zip(recipes, errors, strict=True) if error is None]
@@ -282,9 +282,9 @@ def test_copies_of_data_are_kept_beside_it(tmp_path):
     assert copy_folder(tmp_path / "new", "copy") == tmp_path / "new" / "copy"
 
 
-def test_copies_of_data_that_cannot_be_written_beside_it_are_kept_in_the_default_folder(tmp_path, monkeypatch, caplog):
+def test_copies_of_data_in_a_read_only_folder_are_kept_in_the_default_folder(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    # Root may write all.
+    # Root may write everywhere.
     monkeypatch.setattr(files.os, "access", lambda path, mode: not (path == tmp_path / "data" and mode == os.W_OK))
     (tmp_path / "data").mkdir()
     elsewhere = tmp_path / "cache" / "sparse-modular-activation" / "copy"
@@ -301,7 +301,7 @@ def test_copies_of_data_that_cannot_be_written_beside_it_are_kept_in_the_default
 
 
 @pytest.mark.parametrize("name", ["x" * 5000, "zero\0byte"], ids=["long", "zero byte"])
-def test_folder_that_cannot_be_is_a_data_error(tmp_path, name):
+def test_invalid_folder_name_raises_a_data_error(tmp_path, name):
     with pytest.raises(
         DataError, match=r"cannot keep data in '.*': (File name too long|embedded null byte); make room there"
     ) as caught:

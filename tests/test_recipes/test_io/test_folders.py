@@ -1,4 +1,4 @@
-"""Home folders that are not there, and where data then goes."""
+"""Missing home folders, and where data is kept without one."""
 
 import os
 import subprocess
@@ -18,9 +18,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 @pytest.fixture
 def homeless(monkeypatch, tmp_path):
-    """A user without a home folder, as a user id in a container can be: no variable, and no line in the list of
-    users.
-    """
+    """A user without a home folder, as in a container: no `HOME`, and no entry in the user database."""
 
     def unknown(uid):
         raise KeyError(f"getpwuid(): uid not found: {uid}")
@@ -47,14 +45,14 @@ def test_without_a_home_data_is_kept_in_the_working_folder(homeless, monkeypatch
     assert cache_folder() == Path("/cache/sparse-modular-activation")
 
 
-def test_home_is_expanded_at_the_beginning_of_a_path_only(monkeypatch):
+def test_home_is_expanded_only_at_the_start_of_a_path(monkeypatch):
     monkeypatch.setenv("HOME", "/home/x")
     assert expand(Path("~/a")) == Path("/home/x/a")
     assert expand(Path("a/~/b")) == Path("a/~/b")
 
 
 @pytest.mark.parametrize("path", ["~no-such-user/x", "~no-such-user"])
-def test_home_of_nobody_is_a_sentence(path):
+def test_home_of_an_unknown_user_gives_an_error_message(path):
     sentence = f"'{path}' begins with the home folder '~no-such-user', which does not exist; give an absolute path"
     with pytest.raises(DataError, match=sentence):
         expand(Path(path))
@@ -62,7 +60,7 @@ def test_home_of_nobody_is_a_sentence(path):
         load_text(TextSettings(file=path))
 
 
-def test_own_home_that_is_not_there_is_a_sentence(homeless):
+def test_missing_own_home_gives_an_error_message(homeless):
     with pytest.raises(
         DataError, match="'~/x' begins with the home folder '~', which does not exist; give an absolute path"
     ):
@@ -70,7 +68,7 @@ def test_own_home_that_is_not_there_is_a_sentence(homeless):
 
 
 @pytest.mark.parametrize("option", ["--out", "--data", "--spec", "--resume", "--evaluate"])
-def test_every_option_that_is_a_path_says_so(option, capsys):
+def test_every_path_option_reports_an_unknown_home(option, capsys):
     assert main([f"{option}=~no-such-user/x"]) == 2
     err = capsys.readouterr().err
     assert (
@@ -94,7 +92,7 @@ def test_every_option_that_is_a_path_says_so(option, capsys):
         ),
     ],
 )
-def test_run_folder_that_its_writers_cannot_take_is_refused_before_anything_is_made(name, sentence, tmp_path, capsys):
+def test_run_folder_that_its_writers_cannot_use_is_refused_before_anything_is_created(name, sentence, tmp_path, capsys):
     with pytest.raises(DataError, match=sentence):
         check_run_folder(tmp_path / name)
     assert main([f"--out={tmp_path / name}"]) == 2
@@ -107,7 +105,7 @@ def test_run_folder_may_have_any_other_name(name, tmp_path):
     check_run_folder(tmp_path / name)
 
 
-def test_home_that_is_lent_holds_nothing_of_the_user(homeless, monkeypatch):
+def test_lent_home_is_not_used_for_data_or_paths(homeless, monkeypatch):
     monkeypatch.setattr(folders, "_lent", [""])
     lend_home()
     lent = Path.home()
@@ -129,7 +127,7 @@ def test_home_of_the_user_is_kept(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
-    "home", [pytest.param({}, id="none"), pytest.param({"HOME": "/proc/none"}, id="that cannot be made")]
+    "home", [pytest.param({}, id="none"), pytest.param({"HOME": "/proc/none"}, id="cannot be created")]
 )
 def test_digits_train_without_a_home(tmp_path, home):
     (tmp_path / "sitecustomize.py").write_text(

@@ -1,6 +1,4 @@
-"""Nothing that the environment says to other programs changes a run: schedulers, launchers, and the settings of
-libraries.
-"""
+"""Environment variables of schedulers, launchers and libraries do not change a run."""
 
 import inspect
 import json
@@ -34,7 +32,7 @@ SLURM = {
     "SLURM_NODEID": "0",
     "SLURM_NTASKS": "1",
 }
-PEERS = {"MASTER_ADDR": "192.0.2.1", "MASTER_PORT": "29500"}  # an address at which nobody answers
+PEERS = {"MASTER_ADDR": "192.0.2.1", "MASTER_PORT": "29500"}  # an address where nothing answers
 
 ENVIRONMENTS = {
     "slurm": SLURM,
@@ -121,7 +119,7 @@ ENVIRONMENTS = {
     "bars": {"TQDM_MINITERS": "often", "COLAB_GPU": "1"},
 }
 
-# What Lightning and torchmetrics read besides, and why it is no matter.
+# Other variables that Lightning and torchmetrics read, and why they are harmless.
 HARMLESS = {
     "FREEZE_REQUIREMENTS": "for developers of Lightning",
     "OMP_NUM_THREADS": "threads are for the user to choose; only launchers set it",
@@ -145,7 +143,7 @@ HARMLESS = {
 
 @pytest.fixture(scope="module")
 def reference(data, tmp_path_factory):
-    """A run of some updates in an environment that says nothing."""
+    """A short run without any of these variables."""
     out = tmp_path_factory.mktemp("isolation") / "run"
     train(tiny(training__updates=12), out, data)
     return out
@@ -166,10 +164,10 @@ def test_run_is_the_same_in_every_environment(reference, data, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("module", [lightning, torchmetrics], ids=["lightning", "torchmetrics"])
-def test_every_variable_that_is_read_is_hidden_or_no_matter(module):
+def test_every_variable_that_is_read_is_hidden_or_harmless(module):
     folder = Path(inspect.getfile(module)).parent
     sources = [path for path in folder.rglob("*.py") if path.parts[len(folder.parts)] != "app"]
-    # Examples in docstrings count too: one variable too many does no harm.
+    # Examples in docstrings match too; an extra variable does no harm.
     word = r"""["'](\w+)["']"""
     reads = re.compile(
         rf"(?:environ\.get|getenv|environ\.setdefault)\(\s*{word}|environ\[{word}\]|{word} (?:not )?in os\.environ"
@@ -182,7 +180,7 @@ def test_every_variable_that_is_read_is_hidden_or_no_matter(module):
 
 
 def test_backend_of_a_notebook_does_not_reach_a_command_that_it_starts():
-    # torchmetrics imports matplotlib, which refuses a backend that is not there.
+    # torchmetrics imports matplotlib, which raises for an unknown backend.
     body = "sys.exit(exit_code(lambda: __import__('torchmetrics')))"
     command = f"import sys; from sma.recipes.io.command import exit_code; {body}"
     environment = {**os.environ, "MPLBACKEND": "backend_of_a_notebook"}
@@ -192,7 +190,7 @@ def test_backend_of_a_notebook_does_not_reach_a_command_that_it_starts():
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_hidden_variables_come_back_and_new_ones_go(monkeypatch):
+def test_hidden_variables_are_restored_and_new_ones_removed(monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("PATH_OF_MINE", "here")
@@ -205,7 +203,7 @@ def test_hidden_variables_come_back_and_new_ones_go(monkeypatch):
 
 
 @pytest.mark.parametrize("name", RANKS)
-def test_ranks_are_left_to_those_who_train_together(monkeypatch, name):
+def test_distributed_training_keeps_the_rank_variables(monkeypatch, name):
     monkeypatch.setenv(name, "1")
     monkeypatch.setenv("SLURM_PROCID", "1")
     with hidden_variables(ranks=False):
@@ -213,7 +211,7 @@ def test_ranks_are_left_to_those_who_train_together(monkeypatch, name):
         assert "SLURM_PROCID" not in os.environ
 
 
-def test_first_of_a_team_speaks_whatever_the_environment_said():
+def test_rank_comes_from_the_distributed_context_and_not_from_the_environment():
     before = rank_zero_only.rank, prints.rank
     rank_zero_only.rank = prints.rank = 3
     try:
@@ -229,8 +227,8 @@ def test_first_of_a_team_speaks_whatever_the_environment_said():
 @pytest.mark.parametrize(
     "name", ["slurm-tasks-without-their-number-per-node", "torchrun-under-slurm", "no-numbers", "slurm-without-numbers"]
 )
-def test_command_is_the_same_in_every_environment_from_its_first_import_on(data, tmp_path, name):
-    # Lightning looks at the environment as it is imported, too.
+def test_command_gives_the_same_run_in_every_environment(data, tmp_path, name):
+    # Lightning reads the environment at import, too.
     experiment = {**EXPERIMENT, "training": {**EXPERIMENT["training"], "updates": 12}}
     (tmp_path / "spec.yaml").write_text(yaml.safe_dump(experiment), encoding="utf-8")
     command = [

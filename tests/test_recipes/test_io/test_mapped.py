@@ -1,4 +1,4 @@
-"""Arrays on the disk go to other processes by the path of their file, and are plain arrays in every other respect."""
+"""Memory-mapped arrays are pickled as the path of their file, and otherwise behave like plain arrays."""
 
 import multiprocessing
 import os
@@ -26,7 +26,7 @@ def mapped(tmp_path):
     return map_file(tmp_path / "numbers", "<i2", NUMBERS.shape, 4)
 
 
-def test_pickled_array_is_its_path_and_comes_back_the_same(mapped):
+def test_array_is_pickled_as_its_path_and_restored_unchanged(mapped):
     pickled = pickle.dumps(mapped)
     assert len(pickled) < 1000
     found = pickle.loads(pickled)
@@ -52,19 +52,19 @@ def test_pickled_array_is_its_path_and_comes_back_the_same(mapped):
         pytest.param(lambda array: array[0, 0], id="element"),
     ],
 )
-def test_part_is_pickled_as_what_is_in_it(mapped, part):
+def test_part_of_an_array_is_pickled_by_value(mapped, part):
     found, expected = pickle.loads(pickle.dumps(part(mapped))), part(NUMBERS)
     assert np.array_equal(found, expected)
     assert found.dtype == expected.dtype
 
 
-def test_what_is_computed_is_no_map(mapped):
+def test_computed_arrays_are_not_memory_mapped(mapped):
     for computed in (mapped + 1, mapped.mean(0), np.maximum(mapped, 0), mapped[3]):
         assert type(computed) is np.ndarray
     assert type(mapped.sum()) is type(NUMBERS.sum())
 
 
-def test_file_that_was_replaced_is_not_taken_for_the_old_one(mapped):
+def test_replaced_file_is_refused(mapped):
     pickled = pickle.dumps(mapped)
     os.utime(mapped.filename, ns=(1, 1))
     with pytest.raises(DataError, match=r"numbers was replaced after another process had opened it; start again"):
@@ -99,7 +99,7 @@ def make_aan(folder):
 
 
 @pytest.mark.parametrize(("make", "name"), [(make_pathfinder, "pixels"), (make_speech, "clips"), (make_aan, "content")])
-def test_data_sets_on_the_disk_travel_by_path(make, name, tmp_path):
+def test_data_sets_on_disk_are_pickled_by_path(make, name, tmp_path):
     data = make(tmp_path)
     assert len(pickle.dumps(getattr(data, name))) < 1000
     found = pickle.loads(pickle.dumps(data))

@@ -1,4 +1,4 @@
-"""Names of users: shown on one line, harmless to terminals and tables."""
+"""Names given by users are shown on one line, and are harmless to terminals and tables."""
 
 import os
 import shutil
@@ -10,24 +10,24 @@ from hypothesis import strategies as st
 
 from sma.recipes.io.names import markdown_cell, markdown_table, plain, shell_word
 
-# Whatever a name may hold: half of a pair of surrogates is how Python reads a file name that is not UTF-8.
+# Any characters, lone surrogates too: Python decodes a file name that is not UTF-8 to surrogates.
 NAMES = st.text(st.characters(codec=None), max_size=300)
 
 
 @given(NAMES)
-def test_plain_text_is_one_printable_line_that_every_file_takes(name):
+def test_plain_text_is_one_printable_line_of_valid_utf_8(name):
     shown = plain(name)
     assert shown.isprintable()
     assert shown.encode("utf-8").decode("utf-8") == shown
 
 
 @given(st.text(st.characters(codec="ascii", exclude_categories=["Cc"])))
-def test_printable_text_stays_as_it_is(name):
+def test_printable_text_is_unchanged(name):
     assert plain(name) == name
 
 
 @given(NAMES, st.integers(1, 50))
-def test_cut_text_keeps_its_ends_and_its_limit(name, limit):
+def test_cut_text_keeps_both_ends_within_the_limit(name, limit):
     whole, shown = plain(name), plain(name, limit)
     assert len(shown) <= limit
     if len(whole) > limit:
@@ -42,19 +42,19 @@ def test_cut_text_keeps_its_ends_and_its_limit(name, limit):
     ("name", "shown"),
     [
         pytest.param("a\nb", "a\\nb", id="newline"),
-        pytest.param("\x1b[31mred", "\\x1b[31mred", id="a terminal's commands"),
-        pytest.param("caf\udce9", "caf\\udce9", id="no UTF-8"),
+        pytest.param("\x1b[31mred", "\\x1b[31mred", id="terminal escape"),
+        pytest.param("caf\udce9", "caf\\udce9", id="not UTF-8"),
         pytest.param("a\u202etxt.exe", "a\\u202etxt.exe", id="right to left"),
         pytest.param("שלום 🙂 [red]", "שלום 🙂 [red]", id="printable"),
     ],
 )
-def test_signs_that_do_something_become_escapes(name, shown):
+def test_unprintable_characters_are_escaped(name, shown):
     assert plain(name) == shown
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 @pytest.mark.parametrize("name", ["a b", "it's", "a\n\t\x1b[31m'\\b", "caf\udce9 é", "$x `y` \\", "-n"])
-def test_word_of_a_command_is_read_back_by_the_shell(name):
+def test_shell_reads_a_quoted_word_back(name):
     word = shell_word(name)
     assert word.isprintable()
     read = subprocess.run(["bash", "-c", f"printf %s {word}"], capture_output=True, check=True)
@@ -70,6 +70,6 @@ def test_table_has_a_line_per_row_and_a_cell_per_value(rows):
         assert line.replace("\\|", "").count("|") == 4
 
 
-def test_bar_in_a_cell_is_escaped():
+def test_vertical_bar_in_a_cell_is_escaped():
     assert markdown_cell("a|b") == "a\\|b"
     assert markdown_table(["x", "y|z"], [["1", "2"]]) == "| x | y\\|z |\n| --- | ---: |\n| 1 | 2 |"

@@ -1,6 +1,4 @@
-"""What may stand in the place of a file: a pipe, a device, a line or an image without an end. Nothing is waited for or
-read whole.
-"""
+"""Readers given a pipe, a device, an endless line or a huge image instead of a file neither block nor read it whole."""
 
 import os
 import re
@@ -95,7 +93,7 @@ READERS = [
 
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize(("place", "complaint"), PLACES)
-def test_what_is_no_file_is_refused_at_once(reader, place, complaint, tmp_path):
+def test_path_that_is_not_a_plain_file_is_refused_at_once(reader, place, complaint, tmp_path):
     path, read = reader(tmp_path)
     place(path)
     with pytest.raises(DataError, match=complaint):
@@ -106,7 +104,7 @@ def test_what_is_no_file_is_refused_at_once(reader, place, complaint, tmp_path):
     "reader", [pytest.param(lists_of_recordings, id="lists"), pytest.param(manifests, id="manifest")]
 )
 @pytest.mark.parametrize(("place", "complaint"), PLACES[:2])
-def test_what_is_no_file_is_refused_at_once_where_there_need_not_be_one(reader, place, complaint, tmp_path):
+def test_path_of_an_optional_file_that_is_not_plain_is_refused_at_once(reader, place, complaint, tmp_path):
     path, read = reader(tmp_path)
     place(path)
     with pytest.raises(DataError, match=complaint):
@@ -117,10 +115,10 @@ def test_what_is_no_file_is_refused_at_once_where_there_need_not_be_one(reader, 
 @pytest.mark.parametrize(
     "start", [b"", b"Source\tTarget\n", b"1.0\ta\tb\tc\td\n"], ids=["first", "after a header", "after a pair"]
 )
-def test_line_without_an_end_is_read_only_so_far(read, start, tmp_path, monkeypatch):
+def test_endless_line_is_read_only_up_to_a_limit(read, start, tmp_path, monkeypatch):
     with (tmp_path / "x.tsv").open("wb") as file:
         file.write(start)
-        file.truncate(1 << 40)  # zeros that the disk does not keep
+        file.truncate(1 << 40)  # a sparse file of zeros
     with pytest.raises(
         DataError,
         match=r"x\.tsv, line [12](:| has more than [0-9,]+ bytes, which no line here has; the file is damaged)",
@@ -146,7 +144,7 @@ def test_wrong_line_is_quoted_in_part(tmp_path):
         read_pairs(tmp_path / "x.tsv", 9)
 
 
-def test_length_to_which_documents_are_cut_takes_no_memory(tmp_path):
+def test_huge_length_limit_of_documents_takes_no_memory(tmp_path):
     make_folder(tmp_path)
     cut, whole = (
         load_imdb(ImdbSettings(split="lra", length=length), tmp_path, progress=False) for length in (1_000_000, 10**18)
@@ -176,7 +174,7 @@ def test_name_of_a_list_that_only_looks_like_a_number_is_refused(name, tmp_path,
         pytest.param(b"imgs 9 0 1\n", r"line 1 names 'imgs/9', which is not a plain file", id="folder"),
     ],
 )
-def test_lines_that_no_list_has_are_refused(content, complaint, tmp_path):
+def test_invalid_lines_of_a_list_are_refused(content, complaint, tmp_path):
     root, _ = make_release(tmp_path)
     (root / "metadata" / "9.npy").write_bytes(content)
     with pytest.raises(DataError, match=complaint):
@@ -274,7 +272,7 @@ def npy(shape, dtype="|u1", order=False, content=b"abc", version=b"\x01\0"):
         pytest.param(b"\x93NUMPY\x01\0\xff\xff" + b"[" * 65535, r"x\.npy cannot be read: ", id="deep"),
     ],
 )
-def test_arrays_that_were_not_made_here_are_refused(content, complaint, tmp_path):
+def test_arrays_in_another_format_are_refused(content, complaint, tmp_path):
     (tmp_path / "x.npy").write_bytes(content)
     with pytest.raises(DataError, match=complaint):
         read_array(tmp_path / "x.npy", (3,))
@@ -317,7 +315,7 @@ def test_array_is_read(tmp_path):
         pytest.param(b'{"files": {"a": [[]]}, "version": 1}', r"a was changed since it was generated", id="hash"),
     ],
 )
-def test_manifests_that_were_not_written_here_are_refused_in_a_sentence(content, complaint, tmp_path):
+def test_foreign_manifests_are_refused_with_a_short_error_message(content, complaint, tmp_path):
     (tmp_path / MANIFEST).write_bytes(content)
     (tmp_path / "a").write_bytes(b"x")
     with pytest.raises(DataError, match=complaint) as caught:
@@ -335,7 +333,7 @@ def test_recording_with_a_control_character_in_its_name_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("load", [load_imdb, load_cifar, load_aan], ids=lambda load: load.__name__)
-def test_folder_that_cannot_be_looked_into_is_a_sentence(load, tmp_path, monkeypatch):
+def test_unreadable_folder_gives_an_error_message(load, tmp_path, monkeypatch):
     settings = {load_imdb: ImdbSettings(), load_cifar: CifarSettings(), load_aan: AANSettings()}[load]
     with pytest.raises(
         DataError, match=r"cannot look for data in '.*xxx.*': File name too long; choose another folder"
@@ -344,7 +342,7 @@ def test_folder_that_cannot_be_looked_into_is_a_sentence(load, tmp_path, monkeyp
     assert len(str(caught.value)) < 600
 
     def denied(path):
-        raise PermissionError(13, "Permission denied")  # root may look everywhere
+        raise PermissionError(13, "Permission denied")  # root may read every folder
 
     monkeypatch.setattr(published.Path, "is_dir", denied)
     with pytest.raises(DataError, match=r"cannot look for data in '.*': Permission denied; choose another folder"):

@@ -1,4 +1,4 @@
-"""Commands whose options are the fields of a class: what they read, and what their help says."""
+"""Commands whose options are the fields of a class: parsed values, errors and help."""
 
 from typing import Literal
 
@@ -41,7 +41,7 @@ class Options(CommandOptions):
     dry: bool = Field(default=True, description="wait until a layer is dry")
 
 
-def test_help_speaks_of_files_and_numbers():
+def test_help_describes_values_as_files_and_numbers():
     shown = option_parser(Options, "paint", "wall").format_help()
     assert [" ".join(part.split()) for part in shown.split("\n\n")] == [
         "usage: paint WALL [options]",
@@ -55,7 +55,7 @@ def test_help_speaks_of_files_and_numbers():
     ]
 
 
-def test_values_are_read_by_their_types():
+def test_values_are_parsed_by_their_types():
     words = ["north", "--coats=3", "--set", "a={x: 1, y: 2}", "--set=b=3", "--no-dry", "--wet", "--brushes", "a,b"]
     read = parse(Options, words, positional="wall")
     assert (read.wall, read.coats, read.set) == ("north", 3, ["a={x: 1, y: 2}", "b=3"])
@@ -80,12 +80,12 @@ def test_values_are_read_by_their_types():
         pytest.param([], "^the following arguments are required: WALL; see paint --help$", id="missing"),
     ],
 )
-def test_a_mistake_is_one_message(words, message):
+def test_wrong_argument_gives_one_message(words, message):
     with pytest.raises(SpecError, match=message):
         parse(Options, words, positional="wall")
 
 
-def test_variables_of_the_environment_are_read(monkeypatch):
+def test_prefixed_environment_variables_are_read(monkeypatch):
     monkeypatch.setenv("SMA_COATS", "7")
     monkeypatch.setenv("COATS", "8")
     assert parse(Options, ["--wall=n"]).coats == 7
@@ -112,7 +112,7 @@ def test_variables_of_the_environment_are_read(monkeypatch):
         )
     ],
 )
-def test_no_help_speaks_of_python(options):
+def test_help_contains_no_python_types(options):
     parser = option_parser(options, "command")
     shown = parser.format_help()
     for word in ("None", "null", "Path ", "Path,", "list[", "factory", "str}", "int}", "bool"):

@@ -1,4 +1,4 @@
-"""Work shared among processes: the same results in the same order, and no process left behind."""
+"""Work shared among processes: the same results in the same order, and no process remains."""
 
 import itertools
 import multiprocessing
@@ -26,7 +26,7 @@ def test_results_come_in_order_from_any_number_of_processes(workers, count):
     assert multiprocessing.active_children() == []
 
 
-def test_items_are_taken_as_they_are_needed_and_closing_ends_the_processes():
+def test_items_are_consumed_lazily_and_closing_ends_the_processes():
     taken = itertools.count()
     with closing(in_order(square, taken, workers=2)) as results:
         assert list(itertools.islice(results, 3)) == [0, 1, 4]
@@ -39,11 +39,11 @@ def test_error_of_the_function_is_raised():
         list(in_order(square, ["text"], workers=2))
 
 
-def test_process_that_dies_is_a_sentence():
+def test_process_that_dies_gives_an_error_message():
     with pytest.raises(DataError, match="a process that generates data died; with too little memory give workers=1"):
         list(in_order(end_process, range(3), workers=2))
 
 
-def test_no_workers_are_refused():
+def test_zero_workers_are_refused():
     with pytest.raises(SpecError, match="workers=0 must be at least 1; leave it out to use every core"):
         list(in_order(square, range(3), workers=0))

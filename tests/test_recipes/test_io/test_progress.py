@@ -74,7 +74,7 @@ def test_a_notebook_gets_one_output_that_is_replaced(monkeypatch, seconds):
     assert shown[-2:] == ["[################] ListOps: 4,000 of 4,000", None]
 
 
-def test_nothing_is_shown_unless_it_is_wanted(monkeypatch, seconds):
+def test_nothing_is_shown_when_switched_off(monkeypatch, seconds):
     monkeypatch.setattr(sys, "stdout", output := Terminal())
     count(shown=False)
     assert output.getvalue() == ""
@@ -96,7 +96,9 @@ def test_a_failure_ends_the_line_of_a_terminal_and_adds_none_to_a_file(monkeypat
         pytest.param(0, None, "a.tar.gz: 8.4 MB", id="unknown-length"),
     ],
 )
-def test_bytes_are_megabytes_and_a_resumed_download_estimates_from_its_own(monkeypatch, start, total, text):
+def test_bytes_are_shown_in_megabytes_and_a_resumed_download_estimates_from_its_own_speed(
+    monkeypatch, start, total, text
+):
     now = 0.0
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now))
     monkeypatch.setattr(sys, "stdout", output := Terminal())

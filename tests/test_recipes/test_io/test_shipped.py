@@ -1,4 +1,4 @@
-"""The files that come with the recipes."""
+"""Presets and specs that come with the recipes."""
 
 import json
 import os
@@ -19,7 +19,7 @@ every_spec = pytest.mark.parametrize("name", shipped("specs"))
 every_preset = pytest.mark.parametrize("name", shipped("presets"))
 
 
-def test_shipped_files_have_names():
+def test_shipped_files_are_listed_by_name():
     assert {"listops_paper", "listops_tiny", "language_paper", "language_tiny", "digits_routed_mlp_tiny"} <= set(
         shipped("presets")
     )
@@ -31,7 +31,7 @@ def test_shipped_files_have_names():
 
 
 @every_spec
-def test_shipped_spec_loads_builds_and_loads_back(name, tmp_path):
+def test_shipped_spec_builds_and_round_trips(name, tmp_path):
     spec = load_spec(read_shipped(name, "specs"))
     assert sum(parameter.numel() for parameter in spec.build().parameters()) == spec.num_parameters()
     assert load_spec(dump_spec(spec)) == spec
@@ -40,9 +40,9 @@ def test_shipped_spec_loads_builds_and_loads_back(name, tmp_path):
 
 
 @every_preset
-def test_shipped_preset_loads_and_loads_back(name, tmp_path):
+def test_shipped_preset_round_trips(name, tmp_path):
     experiment = load_experiment(name)
-    # The command line puts the name together from --task and --preset.
+    # The command line builds the name from --task and --preset.
     assert name.startswith(f"{experiment.task.kind}_")
     assert load_experiment(dump_spec(experiment)) == experiment
     (tmp_path / "copy.yaml").write_text(dump_yaml(experiment), encoding="utf-8")
@@ -50,15 +50,15 @@ def test_shipped_preset_loads_and_loads_back(name, tmp_path):
 
 
 @every_preset
-def test_shipped_preset_is_as_small_as_it_can_be(name):
-    # What a preset says must change something: a field that repeats its default would be read as a decision.
+def test_shipped_preset_has_only_necessary_fields(name):
+    # Every field of a preset must change something: a repeated default would look like a decision.
     assert (
         {"task", "model", "training"} <= set(read_shipped(name, "presets")) <= {"task", "model", "training", "threads"}
     )
 
 
 @pytest.mark.parametrize("name", ["listops_paper", "listops_tiny"])
-def test_positions_of_a_preset_reach_to_its_longest_expression(name):
+def test_positions_of_a_preset_cover_its_longest_expression(name):
     experiment = load_experiment(name)
     longest = experiment.task.data.max_length - 1
     assert {layer.modules["attention"].position.max_positions >= longest for layer in experiment.model.layer_specs} == {
@@ -66,7 +66,7 @@ def test_positions_of_a_preset_reach_to_its_longest_expression(name):
     }
 
 
-def test_reading_changes_nothing_that_is_shipped():
+def test_changes_to_a_read_preset_do_not_reach_the_next_read():
     read_shipped("listops_tiny", "presets")["training"]["updates"] = 1
     assert read_shipped("listops_tiny", "presets")["training"]["updates"] == 4000
 
@@ -106,7 +106,7 @@ def test_file_is_read_by_its_path(tmp_path):
         pytest.param("", "presets", "there is no file and no shipped preset ''", id="empty"),
     ],
 )
-def test_unknown_name_lists_the_known_ones(source, folder, complaint):
+def test_error_for_an_unknown_name_lists_the_known_ones(source, folder, complaint):
     with pytest.raises(SpecError, match=complaint):
         read_shipped(source, folder)
 
@@ -119,7 +119,7 @@ def test_file_without_a_mapping_is_refused(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_tiny_preset_learns_more_than_chance_in_400_updates(tmp_path):
+def test_tiny_preset_beats_chance_after_400_updates(tmp_path):
     settings = ["training.updates=400", "training.warmup=50", "training.evaluate_every=200", "task.data.train=20000"]
     words = [word for setting in settings for word in ("--set", setting)]
     command = [sys.executable, "-m", "sma.recipes.seqboat_lra", "--no-progress", *words]

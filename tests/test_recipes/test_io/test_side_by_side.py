@@ -1,4 +1,4 @@
-"""Processes side by side, and what becomes of them when the one that asked is gone."""
+"""Parallel child processes: their exit codes, and their end when the parent ends."""
 
 import fcntl
 import os
@@ -28,7 +28,7 @@ if __name__ == "__main__":
 
 
 def hold(path: Path) -> None:
-    """Keep a lock for minutes; the file is there once the lock is taken."""
+    """Hold a lock for minutes; the file appears once the lock is taken."""
     draft = path.with_suffix(".draft").open("w")
     fcntl.flock(draft, fcntl.LOCK_EX)
     os.rename(draft.name, path)
@@ -36,7 +36,7 @@ def hold(path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_every_end_of_a_process_is_told_and_stops_no_other() -> None:
+def test_every_exit_code_is_returned_and_no_other_process_stops() -> None:
     calls: dict[str, tuple[Callable[..., object], tuple[Any, ...]]] = {
         "killed": (signal.raise_signal, (signal.SIGKILL,)),
         "left": (os._exit, (3,)),
@@ -55,7 +55,7 @@ def test_every_end_of_a_process_is_told_and_stops_no_other() -> None:
 
 
 @pytest.mark.slow
-def test_processes_end_with_the_one_that_asks() -> None:
+def test_processes_end_with_the_context() -> None:
     started = time.monotonic()
     with Processes(2) as processes:
         processes.start("short", time.sleep, 0)
@@ -66,7 +66,7 @@ def test_processes_end_with_the_one_that_asks() -> None:
     assert time.monotonic() - started < 100
 
 
-def test_processes_end_with_one_that_is_killed(tmp_path: Path) -> None:
+def test_processes_end_when_their_parent_is_killed(tmp_path: Path) -> None:
     script = tmp_path / "holding.py"
     script.write_text(HOLDING.format(folder=str(tmp_path)))
     parent = subprocess.Popen(
@@ -80,5 +80,5 @@ def test_processes_end_with_one_that_is_killed(tmp_path: Path) -> None:
     parent.wait()
     for path in held:
         with path.open() as file:
-            # Waits for as long as somebody holds it, which is the timeout of a test otherwise.
+            # Blocks while a process holds the lock, so a surviving process makes the test time out.
             fcntl.flock(file, fcntl.LOCK_EX)

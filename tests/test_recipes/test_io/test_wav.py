@@ -1,5 +1,5 @@
-"""WAV files as many programs write them: streamed, large, extensible, with other chunks; and what is refused, by what
-it is.
+"""WAV files of many programs: streamed, large, extensible, and with other chunks; errors name an unsupported
+format.
 """
 
 import os
@@ -32,7 +32,7 @@ def chunk(name, content, size=None):
 
 
 def wav(content=CONTENT, header=None, *, size=None, ends=None, before=b"", after=b"", name=b"RIFF"):
-    """A file with these samples; `size` and `ends` are what its header says of them and of the whole."""
+    """A file with these samples; its header states `size` bytes of samples and `ends` bytes in total."""
     body = b"WAVE" + before + chunk(b"fmt ", form() if header is None else header)
     body += b"data" + struct.pack("<I", len(content) if size is None else size) + content + after
     return name + struct.pack("<I", len(body) if ends is None else ends) + body
@@ -61,28 +61,28 @@ STREAMED = [
 
 @pytest.mark.parametrize(("size", "ends"), STREAMED)
 @pytest.mark.parametrize("before", [b"", chunk(b"LIST", b"INFOISFT\x06\0\0\0Lavf60")], ids=["bare", "LIST"])
-def test_samples_of_a_streamed_file_go_on_to_its_end(tmp_path, size, ends, before):
+def test_samples_of_a_streamed_file_extend_to_its_end(tmp_path, size, ends, before):
     assert np.array_equal(read(tmp_path, wav(size=size, ends=ends, before=before)), SAMPLES)
     assert np.array_equal(read(tmp_path, wav(CONTENT[:-1], size=size, ends=ends, before=before)), SAMPLES[:-1])
 
 
-def test_header_that_is_right_about_no_samples_is_believed(tmp_path):
+def test_file_without_samples_is_read_as_empty(tmp_path):
     assert len(read(tmp_path, wav(b"", after=chunk(b"LIST", b"INFO")))) == 0
     assert len(read(tmp_path, wav(b""))) == 0
 
 
 @pytest.mark.parametrize("ends", [0, 1, 36, 99_999, UNKNOWN])
-def test_samples_are_those_of_their_chunk_whatever_the_size_of_the_whole_is_said_to_be(tmp_path, ends):
+def test_samples_are_read_whatever_file_size_the_header_states(tmp_path, ends):
     assert np.array_equal(read(tmp_path, wav(ends=ends, after=chunk(b"LIST", b"INFO"))), SAMPLES)
 
 
 @pytest.mark.parametrize("name", [b"RF64", b"BW64"])
 @pytest.mark.parametrize("size", [len(CONTENT), 0, 2**64 - 1], ids=["known", "zero", "unknown"])
-def test_large_form_is_read_with_its_own_sizes(tmp_path, name, size):
+def test_rf64_is_read_with_its_own_sizes(tmp_path, name, size):
     assert np.array_equal(read(tmp_path, rf64(size, name)), SAMPLES)
 
 
-def test_large_form_that_says_more_than_there_is_is_truncated(tmp_path):
+def test_rf64_that_states_more_samples_than_it_has_is_truncated(tmp_path):
     with pytest.raises(
         DataError,
         match=r"some\.wav is truncated: it has 1,000 of the 2,147,483,648,000 samples in its header",
@@ -91,7 +91,7 @@ def test_large_form_that_says_more_than_there_is_is_truncated(tmp_path):
 
 
 @pytest.mark.parametrize("missing", [1, 2, 999, 2_000])
-def test_fewer_bytes_than_a_believable_header_says_are_truncated(tmp_path, missing):
+def test_file_with_fewer_bytes_than_a_plausible_header_states_is_truncated(tmp_path, missing):
     with pytest.raises(
         DataError,
         match=rf"is truncated: it has {(2000 - missing) // 2:,} of the 1,000 samples in its header",
@@ -110,7 +110,7 @@ def test_fewer_bytes_than_a_believable_header_says_are_truncated(tmp_path, missi
         ),
     ],
 )
-def test_other_chunks_around_the_samples_do_not_matter(tmp_path, before):
+def test_other_chunks_around_the_samples_are_skipped(tmp_path, before):
     assert np.array_equal(read(tmp_path, wav(before=before)), SAMPLES)
     assert np.array_equal(read(tmp_path, wav(after=before)), SAMPLES)
     assert np.array_equal(read(tmp_path, wav(size=UNKNOWN, before=before)), SAMPLES)
@@ -129,13 +129,13 @@ FORMATS = [
 
 
 @pytest.mark.parametrize(("header", "content", "expected"), FORMATS)
-def test_numbers_of_other_widths_are_the_same_samples(tmp_path, header, content, expected):
+def test_other_sample_widths_give_the_same_samples(tmp_path, header, content, expected):
     found = read(tmp_path, wav(content, header))
     assert found.dtype == np.dtype("<i2")
     assert np.array_equal(found, expected)
 
 
-def test_longer_numbers_are_rounded_and_never_wrap(tmp_path):
+def test_wider_samples_are_rounded_and_never_wrap(tmp_path):
     numbers = np.array([0x7FFFFFFF, -0x80000000, 0x7FFF, 0x8000, -0x8001], dtype="<i4")
     assert read(tmp_path, wav(numbers.tobytes(), form(bits=32))).tolist() == [32_767, -32_768, 0, 1, -1]
     loud = np.array([1.5, -1.5, 1.0, -1.0, 0.4 / 32_768, 0.6 / 32_768], dtype="<f4")
@@ -199,7 +199,7 @@ def test_extensible_form_is_read_by_its_sub_format(tmp_path):
         ),
     ],
 )
-def test_what_is_not_read_is_said_by_what_it_is(tmp_path, content, complaint):
+def test_error_names_the_unsupported_format(tmp_path, content, complaint):
     with pytest.raises(DataError, match=r"some\.wav .*" + complaint):
         read(tmp_path, content)
 
@@ -207,7 +207,7 @@ def test_what_is_not_read_is_said_by_what_it_is(tmp_path, content, complaint):
 def test_file_with_another_number_of_samples_than_wanted_is_not_read(tmp_path):
     assert np.array_equal(read(tmp_path, wav(), only=1_000), SAMPLES)
     assert read(tmp_path, wav(), only=999) is None
-    # A recording of an hour and more, of which nothing but the header comes into memory.
+    # A recording of more than an hour, of which only the header is read.
     with (tmp_path / "long.wav").open("wb") as file:
         file.write(wav(b"", size=UNKNOWN, ends=UNKNOWN))
         file.truncate(1 << 40)
@@ -222,5 +222,5 @@ def test_pipes_and_folders_are_refused_at_once(tmp_path):
         read_wav(tmp_path)
 
 
-def test_half_a_sample_that_is_missing_is_no_truncation(tmp_path):
+def test_half_a_missing_sample_is_not_a_truncation(tmp_path):
     assert np.array_equal(read(tmp_path, wav(size=len(CONTENT) + 1)), SAMPLES)

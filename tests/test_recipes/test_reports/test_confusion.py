@@ -1,4 +1,4 @@
-"""Confusion of classes: shares and tables against loops over answers."""
+"""Confusion matrices: shares and tables against loops over answers."""
 
 import matplotlib.image
 import pytest
@@ -23,7 +23,7 @@ def confusion():
     return Confusion.of(_counts(TRUTH, ANSWER, 4), ("yes", "no", "up", "down"))
 
 
-def test_accuracy_per_class_is_the_share_of_right_answers(confusion):
+def test_accuracy_per_class_is_the_share_of_correct_answers(confusion):
     for place, name in enumerate(confusion.names):
         answers = [given for right, given in zip(TRUTH, ANSWER, strict=True) if right == place]
         assert confusion.per_class[name] == (answers.count(place) / len(answers) if answers else None)
@@ -31,11 +31,11 @@ def test_accuracy_per_class_is_the_share_of_right_answers(confusion):
     assert confusion.per_class["up"] is None
 
 
-def test_classes_without_names_are_called_by_their_numbers():
+def test_classes_without_names_are_numbered():
     assert Confusion.of(torch.eye(3, dtype=torch.int64), ()).per_class == {"0": 1.0, "1": 1.0, "2": 1.0}
 
 
-def test_record_is_made_of_what_json_has(confusion):
+def test_record_contains_only_json_types(confusion):
     assert confusion.record() == {
         "per_class": {"yes": 2 / 3, "no": 1.0, "up": None, "down": 0.25},
         "classes": ["yes", "no", "up", "down"],
@@ -55,7 +55,7 @@ def test_table_has_a_row_per_class_and_every_count_in_its_column(confusion):
     assert len({len(line) for line in (head, *rows)}) == 1
 
 
-def test_table_of_many_classes_has_the_worst_and_what_they_were_taken_for():
+def test_table_of_many_classes_lists_the_worst_and_their_confusions():
     counts = 10 * torch.eye(30, dtype=torch.int64)
     counts[7, 7], counts[7, 2], counts[7, 3] = 4, 5, 1
     counts[11, 11], counts[11, 12] = 0, 10
@@ -72,7 +72,7 @@ def test_table_of_odd_names_keeps_its_columns():
     names = ("a\nb", "x" * 300, "caf\udce9", "$x_$ {a} [red]")
     counts = _counts(TRUTH, ANSWER, 4)
     assert len({len(line) for line in Confusion.of(counts, names).table().split("\n")}) == 1
-    assert Confusion.of(counts, names).table().isprintable() is False  # it has several lines
+    assert Confusion.of(counts, names).table().isprintable() is False  # the table has several lines
     assert all(line.isprintable() for line in Confusion.of(counts, names).table().split("\n"))
     many = Confusion.of(torch.eye(30, dtype=torch.int64).flip(0), tuple(f"{place}\n$_$" for place in range(30))).table()
     assert len(many.split("\n")) == 22
@@ -94,18 +94,18 @@ def test_figure_of_odd_names_is_drawn(tmp_path):
         ),
     ],
 )
-def test_names_that_cannot_list_the_classes_are_refused(names, message):
+def test_missing_and_duplicate_class_names_are_refused(names, message):
     with pytest.raises(DataError, match=message):
         check_names(names, 3)
 
 
-def test_no_names_and_different_names_are_fine():
+def test_no_names_and_different_names_are_accepted():
     check_names([], 3)
     check_names(["a", "b", ""], 3)
 
 
 @pytest.mark.parametrize("classes", [2, 30])
-def test_figure_is_an_image_with_something_on_it(tmp_path, classes):
+def test_figure_is_not_blank(tmp_path, classes):
     counts = torch.eye(classes, dtype=torch.int64)
     path = Confusion.of(counts, ()).draw(tmp_path / "confusion.png", "the title")
     image = matplotlib.image.imread(path)

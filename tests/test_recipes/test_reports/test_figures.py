@@ -1,4 +1,4 @@
-"""Figures: any text can be drawn, nothing of the caller's matplotlib is changed, and a failure costs a warning."""
+"""Figures: any text can be drawn, the caller's matplotlib settings are kept, and a failure gives a warning."""
 
 import errno
 import logging
@@ -11,12 +11,12 @@ import pytest
 from sma.recipes.reports.figures import attempt, drawing, label, png, save_figure
 
 NAMES = [
-    pytest.param("a $x_$ b.txt", id="mathematics that is none"),
+    pytest.param("a $x_$ b.txt", id="not mathematics"),
     pytest.param(r"$\frac{$", id="mathematics without end"),
     pytest.param("notes{draft}%s.txt", id="braces"),
     pytest.param("_^&#<b>|[red]", id="markup"),
     pytest.param("🙂 中文 שלום हिन्दी", id="no glyphs"),
-    pytest.param("caf\udce9\n\x1b[0m", id="no UTF-8"),
+    pytest.param("caf\udce9\n\x1b[0m", id="not UTF-8"),
     pytest.param("x" * 255, id="long"),
     pytest.param("", id="empty"),
 ]
@@ -36,7 +36,7 @@ def test_every_name_can_be_drawn_without_a_warning(name):
             assert png(figure).startswith(b"\x89PNG")
 
 
-def test_dollar_signs_are_drawn_as_they_are(tmp_path):
+def test_dollar_signs_are_drawn_literally(tmp_path):
     pictures = []
     for name in ("a $x$ b", "a x b"):
         with drawing(4, 3) as figure:
@@ -44,12 +44,12 @@ def test_dollar_signs_are_drawn_as_they_are(tmp_path):
             save_figure(figure, tmp_path / "figure.png")
         pictures.append(matplotlib.image.imread(tmp_path / "figure.png"))
     assert (pictures[0] != pictures[1]).any()
-    # Set as mathematics, the letters between the signs would be narrower than with the signs.
+    # Set as mathematics, the text would lose its dollar signs and be narrower.
     wide = [(picture[..., :3].mean(2) < 0.5).any(0).nonzero()[0] for picture in pictures]
     assert wide[0].max() - wide[0].min() > 1.2 * (wide[1].max() - wide[1].min())
 
 
-def test_settings_and_figures_of_the_caller_stay_as_they_were():
+def test_settings_and_figures_of_the_caller_are_unchanged():
     from matplotlib import pyplot
 
     before, backend, open_figures = dict(matplotlib.rcParams), matplotlib.get_backend(), pyplot.get_fignums()
@@ -60,13 +60,13 @@ def test_settings_and_figures_of_the_caller_stay_as_they_were():
     assert pyplot.get_fignums() == open_figures
 
 
-def test_settings_file_that_asks_for_latex_needs_none():
+def test_figure_is_drawn_without_latex_although_the_settings_enable_it():
     with matplotlib.rc_context({"text.usetex": True}), drawing(4, 3) as figure:
         figure.suptitle("a_b % $")
         assert png(figure)
 
 
-def test_figure_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+def test_figure_that_cannot_be_written_keeps_the_old_one(tmp_path, monkeypatch):
     path = tmp_path / "figure.png"
     path.write_bytes(b"old")
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *_, **__: 1 / 0)
@@ -79,7 +79,7 @@ def test_figure_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     "error", [ValueError("x_\n  ^\nParseSyntaxException"), KeyError("draft"), MemoryError(), RuntimeError("a %s {b}")]
 )
-def test_failed_figure_is_one_line_of_warning(caplog, error):
+def test_failed_figure_gives_one_line_of_warning(caplog, error):
     def fail():
         raise error
 

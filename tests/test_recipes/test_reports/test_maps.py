@@ -1,4 +1,4 @@
-"""Activation maps: what is drawn of a sample, read back from the figure."""
+"""Activation maps of a sample, read back from the figure."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def _drawn(example, modality):
     return figure
 
 
-def test_image_is_drawn_with_the_active_pixels_of_every_layer_over_it():
+def test_active_pixels_of_every_layer_are_drawn_over_the_image():
     values = torch.randn(15, generator=generator(1))
     example = _example(15, layers=3, values=values)
     figure = _drawn(example, Modality(image_shape=(3, 5)))
@@ -80,7 +80,7 @@ def test_long_text_is_shown_in_lines_over_marks_of_its_activity(words):
 
 @given(st.lists(st.text("ab(", min_size=0, max_size=9), min_size=1, max_size=400))
 @settings(max_examples=40, deadline=None)
-def test_lines_follow_each_other_and_no_token_stands_on_another(texts):
+def test_lines_are_contiguous_and_tokens_do_not_overlap(texts):
     lines = wrapped(texts)
     place = 0
     for line in lines:
@@ -105,7 +105,7 @@ def test_strip_has_the_share_of_each_column(length):
         torch.testing.assert_close(strip[:, column], active[:, first:last].double().mean(1))
 
 
-def test_what_has_no_shape_gets_one():
+def test_invisible_characters_get_visible_symbols():
     assert printable("a\tb\n\x07é") == "a→b⏎·é"
 
 

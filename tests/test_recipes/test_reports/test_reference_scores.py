@@ -32,13 +32,13 @@ def noise(size, seed):
 
 
 def words(size, seed):
-    """Text with something to learn: words of a small vocabulary."""
+    """Learnable text: words of a small vocabulary."""
     rng = random.Random(seed)
     return " ".join(rng.choices(["routers", "choose", "which", "modules", "run"], k=size // 4)).encode()[:size]
 
 
 def oracle(train, history, byte):
-    """The formula of the docstring, read aloud."""
+    """The formula of the docstring as a direct recursion."""
 
     def probability(h):
         lower = 1 / 256 if not h else probability(h[1:])
@@ -59,7 +59,7 @@ def test_probabilities_agree_with_the_formula(train, test, order):
 
 @given(train=st.one_of(FEW_LETTERS, ANY_BYTES), history=st.one_of(FEW_LETTERS, ANY_BYTES), order=st.integers(0, 7))
 def test_probabilities_of_the_next_byte_sum_to_one(train, history, order):
-    # Long enough that the bytes before it do not matter, so all 256 continuations fit into one text.
+    # The history fills the context, so earlier bytes have no effect and one text holds all 256 continuations.
     history = history.rjust(order, b"a")
     test = b"".join(history + bytes([byte]) for byte in range(256))
     probabilities = witten_bell_probabilities(train, test, order)[len(history) :: len(history) + 1]
@@ -69,7 +69,7 @@ def test_probabilities_of_the_next_byte_sum_to_one(train, history, order):
 
 
 @given(train=FEW_LETTERS, test=st.binary(min_size=1, max_size=40), order=st.integers(0, 7))
-def test_bytes_after_a_place_never_change_its_probability(train, test, order):
+def test_probabilities_do_not_depend_on_later_bytes(train, test, order):
     whole = witten_bell_probabilities(train, test, order)
     half = len(test) // 2 + 1
     np.testing.assert_array_equal(witten_bell_probabilities(train, test[:half], order), whole[:half])
@@ -87,14 +87,14 @@ def test_noise_costs_eight_bits_or_more(order):
     assert 8.0 <= witten_bell(noise(40_000, 1), noise(4_000, 2), order) < 9.0
 
 
-def test_longer_contexts_and_more_text_help_where_there_is_something_to_learn():
+def test_longer_contexts_and_more_text_lower_the_score_of_learnable_text():
     train, test = words(20_000, 1), words(2_000, 2)
     assert witten_bell(train, test, 5) < witten_bell(train, test, 2) < witten_bell(train, test, 0)
     assert witten_bell(train, test, 5) < witten_bell(train[:500], test, 5)
 
 
 @pytest.mark.parametrize("text", [pytest.param(words(5_000, 1), id="words"), pytest.param(noise(5_000, 1), id="noise")])
-def test_xz_costs_what_the_lzma_module_writes(text):
+def test_xz_score_is_the_size_from_the_lzma_module(text):
     train, test = text[:4_000], text[4_000:]
     assert xz_alone(test) == 8 * len(lzma.compress(test, preset=9)) / 1_000
     assert (
@@ -102,7 +102,7 @@ def test_xz_costs_what_the_lzma_module_writes(text):
     )
 
 
-def test_xz_costs_the_same_in_blocks(monkeypatch):
+def test_xz_score_does_not_depend_on_the_block_size(monkeypatch):
     train, test = words(4_000, 1), words(1_000, 2)
     expected = xz_alone(test), xz_after(train, test)
     monkeypatch.setattr(scores_module, "_BLOCK", 77)
@@ -110,20 +110,20 @@ def test_xz_costs_the_same_in_blocks(monkeypatch):
 
 
 @pytest.mark.skipif(shutil.which("xz") is None, reason="the program xz is not installed")
-def test_xz_costs_what_the_program_writes():
+def test_xz_score_is_the_size_from_the_xz_program():
     text = words(5_000, 3)
     written = subprocess.run(["xz", "-9", "-T1", "--stdout"], input=text, capture_output=True, check=True).stdout
     assert xz_alone(text) == 8 * len(written) / 5_000
 
 
-def test_xz_is_no_help_with_noise_and_copies_what_it_has_seen():
+def test_xz_does_not_compress_noise_and_copies_earlier_text():
     train, test = noise(20_000, 1), noise(5_000, 2)
     assert xz_alone(test) >= 8.0
     assert xz_after(train, test) >= 8.0
     assert xz_after(train, train[-5_000:]) < 1.0
 
 
-def test_reference_scores_are_the_three_of_the_same_bytes_given_in_any_form():
+def test_reference_scores_are_equal_for_every_type_of_input():
     train, test = words(4_000, 1), words(1_000, 2)
     expected = {
         "xz": xz_alone(test),
@@ -138,7 +138,7 @@ def test_reference_scores_are_the_three_of_the_same_bytes_given_in_any_form():
     assert reference_scores(bytearray(train), memoryview(test)) == expected
 
 
-def test_keys_of_scores_of_the_end_of_a_long_text_have_the_limit(monkeypatch):
+def test_keys_name_the_limit_if_only_the_end_of_a_long_text_is_used(monkeypatch):
     monkeypatch.setattr(scores_module, "MAX_BEFORE", 2_000_000)
     train, test = noise(300_000, 1) + bytes(2_000_000), words(100, 1)
     found = reference_scores(train, test)
@@ -169,17 +169,17 @@ def test_keys_of_scores_of_the_end_of_a_long_text_have_the_limit(monkeypatch):
         ),
     ],
 )
-def test_what_is_no_text_is_refused(function, train, test, complaint):
+def test_invalid_text_is_refused(function, train, test, complaint):
     with pytest.raises(DataError, match=complaint):
         function(train, test)
 
 
-def test_xz_of_nothing_is_refused():
+def test_xz_of_an_empty_text_is_refused():
     with pytest.raises(DataError, match="the held-out text is empty; at least one byte is required"):
         xz_alone(b"")
 
 
 @pytest.mark.parametrize("order", [-1, 8])
-def test_order_that_cannot_be_counted_is_refused(order):
+def test_order_out_of_range_is_refused(order):
     with pytest.raises(SpecError, match=f"order={order} must be 0 to 7, the number of bytes"):
         witten_bell(b"a", b"a", order)

@@ -100,7 +100,7 @@ def test_examples_show_whole_samples_with_answer_and_guess(finished, data):
             assert example.guess == int(done.module.model.eval()(ids[None]).logits.argmax())
 
 
-def test_report_of_data_that_is_sorted_by_class_is_of_all_classes(finished, data):
+def test_report_of_data_sorted_by_class_covers_all_classes(finished, data):
     test = data.test
     by_class = sorted(range(len(test)), key=lambda number: test[number][1])
     half = len(by_class) // 2
@@ -125,7 +125,7 @@ def test_report_of_data_that_is_sorted_by_class_is_of_all_classes(finished, data
     )
 
 
-def test_measuring_fewer_samples_than_shown_is_fine(finished, data):
+def test_fewer_samples_than_shown_are_accepted(finished, data):
     report = measure_activation(finished[1].module.model, data.test, data, limit=2)
     assert (report.samples, len(report.examples)) == (2, 2)
 
@@ -141,7 +141,7 @@ def test_text_has_the_results_and_the_paths(tmp_path):
         assert str(tmp_path / name) in printed
 
 
-def test_text_has_the_accuracy_without_each_layer_where_layers_run(tmp_path):
+def test_text_has_the_accuracy_without_each_layer_if_layers_run(tmp_path):
     report = REPORT._replace(without_layer=(0.25, 0.4))
     wanted = "switched off      layer 0: 25.0%   layer 1: 40.0%   (test accuracy without one layer, 60 samples)"
     assert wanted in report.describe(SUMMARY, tmp_path).splitlines()
@@ -163,7 +163,7 @@ def test_images_of_few_layers_are_drawn_two_in_a_row(tmp_path, monkeypatch, laye
     assert sizes == [(rows + 1, 4)]
 
 
-def test_examples_are_right_ones_of_every_class_and_one_wrong_of_four():
+def test_examples_are_correct_ones_of_every_class_and_one_wrong_in_four():
     def example(target, right):
         return Example([], target, target if right else 1 - target, torch.zeros(1, 1, dtype=torch.bool))
 
@@ -253,18 +253,18 @@ def _pixels(path):
     image = matplotlib.image.imread(path)
     assert image.ndim == 3
     assert min(image.shape[:2]) > 200
-    assert 0.5 < image[..., :3].mean() < 1.0  # a white ground with something on it
+    assert 0.5 < image[..., :3].mean() < 1.0  # a white background that is not blank
     return image
 
 
-def test_figure_is_an_image_with_something_on_it(finished, tmp_path):
+def test_figure_is_not_blank(finished, tmp_path):
     out, done = finished
     (tmp_path / "metrics").symlink_to(out / "metrics")
     path = done.report.draw(tmp_path, "the title")
     assert path == tmp_path / "activation.png"
     image = _pixels(path)
     assert image[..., :3].std() > 0.1
-    # Another title, another image; another picture of the activations too.
+    # Another title gives another image, and so do other activations.
     assert (_pixels(done.report.draw(tmp_path, "another title")) != image).any()
     silent = [example._replace(active=torch.zeros_like(example.active)) for example in done.report.examples]
     assert (_pixels(done.report._replace(examples=silent).draw(tmp_path, "the title")) != image).any()
@@ -297,14 +297,14 @@ def test_curves_of_a_resumed_run_are_joined(tmp_path):
         pytest.param(b"0.45,,0,9,9,9\xff", id="too much"),
     ],
 )
-def test_line_that_a_killed_run_left_half_written_is_skipped(tmp_path, tail):
+def test_half_written_line_of_a_killed_run_is_skipped(tmp_path, tail):
     (tmp_path / "metrics" / "version_0").mkdir(parents=True)
     lines = b"fit_rate/layer0/attention,val_accuracy,epoch,step\r\n0.5,,0,49\r\n"
     (tmp_path / "metrics" / "version_0" / "metrics.csv").write_bytes(lines + tail)
     assert rates_over_training(tmp_path) == {"fit_rate/layer0/attention": [(50, 0.5)]}
 
 
-def test_curves_of_a_run_are_those_of_its_metrics(finished):
+def test_curves_of_a_run_equal_its_metrics(finished):
     curves = rates_over_training(finished[0])
     assert set(curves) == {"fit_rate/layer0/attention", "fit_rate/layer1/attention", "val_accuracy"}
     assert all([update for update, _ in points] == [10, 20, 30] for points in curves.values())
@@ -314,7 +314,7 @@ def test_folder_without_metrics_has_no_curves(tmp_path):
     assert rates_over_training(tmp_path) == {}
 
 
-def test_model_that_routes_nothing_is_described_too(data, tmp_path):
+def test_model_without_routing_is_described(data, tmp_path):
     spec = tiny(layers__layer__modules="{}", training__updates=6)
     done = train(spec, tmp_path, data)
     assert done.summary["activation_rate"] == []
@@ -323,7 +323,7 @@ def test_model_that_routes_nothing_is_described_too(data, tmp_path):
     _pixels(done.report.draw(tmp_path, "no router"))
 
 
-def test_measuring_leaves_the_model_as_it_was(data):
+def test_measuring_leaves_the_model_unchanged(data):
     model = build(tiny().model, seed=0)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     measure_activation(model, data.test, data, limit=3)

@@ -1,4 +1,4 @@
-"""The table of a study: the numbers of its Markdown and of its CSV file are those of the rows."""
+"""Table of a study: the Markdown and the CSV file hold the numbers of the rows."""
 
 import csv
 import re
@@ -82,7 +82,7 @@ def summary(*rows, **changes):
 
 
 def lines_of(text):
-    """The cells of a Markdown table, line by line, without its rule."""
+    """Cells of a Markdown table, line by line, without the separator line."""
     lines = [line.strip("|").split(" | ") for line in text.splitlines() if line.startswith("| ")]
     return [[cell.strip() for cell in line] for line in lines if set("".join(line)) - set("-: ")]
 
@@ -114,14 +114,14 @@ def _oracle(values, digits, unit=""):
 
 
 def _close(cell, expected):
-    """Whether two cells differ by the rounding of a sum at most."""
+    """Whether two cells differ at most by the rounding of a sum."""
     numbers = [[float(number.replace(",", "")) for number in re.findall(r"[\d,.]+", text)] for text in (cell, expected)]
     words = [re.sub(r"[\d,.]+", "", text) for text in (cell, expected)]
     return words[0] == words[1] and numbers[0] == pytest.approx(numbers[1], abs=0.1001 if "." in cell else 1.001)
 
 
 @given(st.data())
-def test_cells_are_those_of_a_loop_over_the_rows(data):
+def test_cells_equal_a_loop_over_the_rows(data):
     rows = rows_of(data.draw)
     table = Table(summary(*rows), [Block(COLUMNS, groups(rows))], "the caption")
     head, *lines = lines_of(markdown(table))
@@ -149,7 +149,7 @@ def test_cells_are_those_of_a_loop_over_the_rows(data):
 
 
 @given(st.data())
-def test_values_are_those_of_the_rows(data):
+def test_csv_values_equal_the_rows(data):
     rows = rows_of(data.draw)
     table = Table(summary(*rows), [], "", lambda row: {"twice": 2 * row["accuracy"]})
     lines = list(csv.DictReader(comma_separated(table).splitlines()))
@@ -163,7 +163,7 @@ def test_values_are_those_of_the_rows(data):
 
 
 @given(st.data())
-def test_spread_over_seeds_is_that_of_a_loop(data):
+def test_spread_over_seeds_equals_a_loop(data):
     rows = rows_of(data.draw)
     expected = {}
     for each in rows:
@@ -178,7 +178,7 @@ def test_spread_over_seeds_is_that_of_a_loop(data):
             assert entry[measure] == numbers
 
 
-def test_columns_are_grouped_apart():
+def test_columns_are_grouped_separately():
     rows = [row(column=column, seed=seed) for seed in (0, 1) for column in ("x", "y")]
     assert [[each["column"] for each in group] for group in groups(rows)] == [["x", "x"], ["y", "y"]]
     assert [(entry["column"], entry["seeds"]) for entry in over_seeds(rows)] == [("x", [0, 1]), ("y", [0, 1])]
@@ -196,13 +196,13 @@ def test_rates_of_several_sub_modules_are_named():
     assert RATES_BY_LAYER.cell([mixed, other]) == "a 30 / 50, b 50"
 
 
-def test_a_model_that_routes_nothing_has_no_rate():
+def test_a_model_without_routing_has_no_rate():
     nothing = row(rates=[])
     assert (RATES_BY_LAYER.cell([nothing]), MEAN_RATE.cell([nothing])) == ("-", "-")
     assert "activation_rate" not in over_seeds([nothing, row(seed=1, rates=[])])[0]
 
 
-def test_blocks_failed_runs_and_caption_stand_one_below_the_other():
+def test_blocks_failed_runs_and_caption_follow_each_other():
     failed = {"name": "b-0", "variant": "b", "column": "x", "seed": 0, "error": "MemoryError: all | of it"}
     table = Table(
         summary(row(), failed=[failed]),
@@ -218,7 +218,7 @@ def test_blocks_failed_runs_and_caption_stand_one_below_the_other():
     assert (second["column"], second["accuracy"], second["error"]) == ("x", "", "MemoryError: all | of it")
 
 
-def test_caption_states_what_was_measured_and_with_what():
+def test_caption_states_updates_seeds_samples_commit_and_hardware():
     two = [row(), row(seed=1, updates=40)]
     assert caption(summary(*two), "A sentence.") == (
         "listops, 30 to 40 updates; seeds 0, 1: mean (min to max). 400 test samples: one standard error is at most 2.5 "

@@ -1,4 +1,4 @@
-"""The baselines of SeqBoat: what they are made of, and what cannot be made."""
+"""Baselines of SeqBoat: layers, parameters, and experiments that have none."""
 
 import json
 
@@ -14,7 +14,7 @@ from tests.test_recipes.tiny import EXPERIMENT, tiny
 
 @pytest.mark.parametrize("name", BASELINES)
 @pytest.mark.parametrize("preset", ["listops_tiny", "text_paper", "retrieval_paper", "image_paper"])
-def test_baseline_builds_with_the_predicted_parameters_and_differs_in_its_layers_alone(preset, name):
+def test_baseline_builds_with_the_predicted_parameters_and_differs_only_in_its_layers(preset, name):
     spec = load_experiment(preset)
     made = baseline(name, spec)
     assert sum(parameter.numel() for parameter in made.model.build().parameters()) == made.model.num_parameters()
@@ -24,7 +24,7 @@ def test_baseline_builds_with_the_predicted_parameters_and_differs_in_its_layers
     assert load_experiment(json.loads(made.model_dump_json())) == made
 
 
-def test_what_the_baselines_are():
+def test_baselines_have_the_expected_layers():
     spec = tiny(training__budget="{target: 0.3}", training__updates=200, training__losses="{z: 0.1}")
     layers = {name: baseline(name, spec).model.layer_specs for name in BASELINES}
     assert baseline("seqboat", spec) == spec
@@ -39,14 +39,14 @@ def test_what_the_baselines_are():
     assert [(layer.backbone.kind, dict(layer.modules)) for layer in layers["s4d"]] == [("s4d", {})] * 2
     assert [layer.backbone.kind for layer in layers["transformer"]] == ["attention", "gated_mlp"] * 2
     assert [layer.backbone.kind for layer in layers["local_attention"]] == ["local_attention", "gated_mlp"] * 2
-    for name in set(BASELINES) - {"seqboat", "seqboat_full"}:  # nothing is left that only a router learns from
+    for name in set(BASELINES) - {"seqboat", "seqboat_full"}:  # no budget and no router loss remain
         training = baseline(name, spec).training
         assert (training.budget, training.losses.z) == (None, 0.0)
 
 
 @pytest.mark.parametrize("name", BASELINES)
 @pytest.mark.parametrize("width", [24, 40])
-def test_equal_parameters_are_those_of_the_nearest_of_all_widths(name, width):
+def test_equal_parameters_come_from_the_nearest_width(name, width):
     spec = load_experiment("mqar_tiny", [f"model.width={width}"])
     asked = spec.model.num_parameters()
     widths = [spec.replace(model=spec.model.replace(width=each)) for each in range(4, 400, 4)]
@@ -57,7 +57,7 @@ def test_equal_parameters_are_those_of_the_nearest_of_all_widths(name, width):
     assert with_parameters("seqboat", spec) == spec
 
 
-def test_mega_chunk_is_the_always_active_unit_inside_fixed_chunks():
+def test_mega_chunk_applies_the_always_active_unit_to_fixed_chunks():
     spec = tiny()
     model = baseline("mega_chunk", spec).model.build().eval()
     unit = model.routed_layers[0].routed.submodules["attention"]
@@ -79,12 +79,12 @@ def test_mega_chunk_is_the_always_active_unit_inside_fixed_chunks():
         ("ema", ["layers.layer.backbone=null"], "layer 0 of the experiment must be a SeqBoat layer"),
     ],
 )
-def test_what_cannot_be_made_is_refused(name, settings, complaint):
+def test_baselines_that_cannot_be_built_are_refused(name, settings, complaint):
     with pytest.raises(SpecError, match=complaint):
         baseline(name, load_experiment(EXPERIMENT, settings))
 
 
-def test_baselines_of_an_experiment_whose_routers_sample():
+def test_baselines_without_stochastic_routers_have_no_policy_gradient():
     spec = tiny(layers__layer__router="{kind: bernoulli}", training__losses="{policy: 1.0}")
     policies = {name: baseline(name, spec).training.losses.policy for name in BASELINES}
     assert policies == {name: 1.0 if name in ("seqboat", "seqboat_full") else 0.0 for name in BASELINES}

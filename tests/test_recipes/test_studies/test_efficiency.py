@@ -9,12 +9,12 @@ from sma.recipes.studies.efficiency import _set_rates, efficiency, random_rows
 from tests.test_recipes.tiny import tiny
 
 
-def test_efficiency_of_what_is_no_run_is_refused(tmp_path):
+def test_efficiency_of_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="there is no finished run in"):
         efficiency(tmp_path, 16)
 
 
-def test_gpu_that_is_not_there_is_a_sentence(tmp_path, monkeypatch):
+def test_missing_gpu_gives_an_error_message(tmp_path, monkeypatch):
     (tmp_path / "summary.json").write_text("{}")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(
@@ -57,6 +57,6 @@ def test_random_rows_fit_the_model(preset):
     assert model(rows).logits.shape[0] == 1
 
 
-def test_model_that_routes_nothing_has_no_rates_to_set():
+def test_model_without_routing_has_no_rates_to_set():
     model = tiny(layers__layer__modules="{}").model.build().eval()
     _set_rates(model, random_rows(model, 1, 16), [])

@@ -1,4 +1,4 @@
-"""Grids of runs: which are trained, in what order, what becomes of those that fail, and what their rows hold."""
+"""Grids of runs: selection, order, failed runs, and the contents of rows."""
 
 import json
 import signal
@@ -28,7 +28,7 @@ def _random(seed):
 
 
 def _runs(seeds=(0, 1)):
-    """Two routers and one that follows the first, with two seeds."""
+    """Runs of two routers, and of one that needs the rates of the first, with two seeds."""
     runs = []
     for seed in seeds:
         runs.append(Run(f"routed-{seed}", "routed", seed, tiny(seed=seed)))
@@ -51,7 +51,7 @@ def _count(runs, out):
     return {run.name: fake.trainings(out / run.name) for run in runs}
 
 
-def test_rows_hold_what_the_runs_measured(data, tmp_path):
+def test_rows_hold_the_measurements_of_the_runs(data, tmp_path):
     runs = _runs()
     results = _grid(runs, tmp_path, data)
     assert [row["name"] for row in results.rows] == [run.name for run in runs]
@@ -85,14 +85,14 @@ def test_rows_hold_what_the_runs_measured(data, tmp_path):
     }
 
 
-def test_runs_side_by_side_give_the_rows_of_runs_one_after_another(data, tmp_path):
+def test_parallel_runs_give_the_rows_of_sequential_runs(data, tmp_path):
     alone = _grid(_runs(), tmp_path / "alone", data)
     together = _grid(_runs(), tmp_path / "together", data, jobs=2)
     assert together == alone
     assert [run["name"] for run in together.failed] == []
 
 
-def test_a_run_is_made_from_the_rows_that_it_needs(data, tmp_path):
+def test_a_run_is_built_from_the_rows_that_it_needs(data, tmp_path):
     results = _grid(_runs(), tmp_path, data)
     rates = {row["name"]: row["rates"] for row in results.rows}
     assert (rates["random-0"], rates["random-1"]) == (rates["routed-0"], rates["routed-1"])
@@ -118,7 +118,7 @@ def test_a_run_that_fails_stops_only_those_that_need_it(data, tmp_path, jobs):
     assert "Traceback (most recent call last)" in (out / "routed-0" / LOG).read_text()
 
 
-def test_a_run_that_is_needed_and_not_trained_is_named(data, tmp_path):
+def test_error_names_a_needed_run_that_was_not_trained(data, tmp_path):
     results = _grid(_runs(), tmp_path, data, only=["random-0", "always-1"])
     assert [row["name"] for row in results.rows] == ["always-1"]
     assert [(run["name"], run["error"]) for run in results.failed] == [
@@ -129,7 +129,7 @@ def test_a_run_that_is_needed_and_not_trained_is_named(data, tmp_path):
     ]
 
 
-def test_resuming_trains_what_is_missing_and_nothing_else(data, tmp_path):
+def test_resuming_trains_only_the_missing_runs(data, tmp_path):
     runs = _runs()
     whole = _grid(runs, tmp_path / "whole", data)
     out = tmp_path / "out"
@@ -146,14 +146,14 @@ def test_resuming_trains_what_is_missing_and_nothing_else(data, tmp_path):
     assert sum(_count(runs, out).values()) == 7
 
 
-def test_finished_runs_that_are_not_asked_for_are_listed(data, tmp_path):
+def test_finished_runs_are_listed_even_if_not_requested(data, tmp_path):
     _grid(_runs(), tmp_path, data, only=["routed-0"])
     results = _grid(_runs(), tmp_path, data, only=["always-1"])
     assert [row["name"] for row in results.rows] == ["routed-0", "always-1"]
     assert results.tried == ["always-1"]
 
 
-def test_results_are_written_at_the_beginning_and_after_every_run(data, tmp_path):
+def test_results_are_written_at_the_start_and_after_every_run(data, tmp_path):
     seen = []
     _break(tmp_path, "always-0")
     results = _grid(
@@ -173,7 +173,7 @@ def test_folder_of_another_experiment_is_refused_before_anything_is_trained(data
     assert not (tmp_path / "routed-0").exists()
 
 
-def test_folder_of_another_experiment_than_the_rows_make_is_a_failure(data, tmp_path):
+def test_folder_that_differs_from_the_experiment_built_from_rows_is_a_failure(data, tmp_path):
     write_text(tmp_path / "random-0" / EXPERIMENT, dump_yaml(tiny()))
     results = _grid(_runs(), tmp_path, data)
     assert results.failures == ["random-0"]
@@ -186,26 +186,26 @@ def test_runs_of_several_tasks_are_refused(data, tmp_path):
         _grid([*_runs(), other], tmp_path, data)
 
 
-def test_a_run_before_the_one_that_it_needs_is_refused(data, tmp_path):
+def test_a_run_listed_before_the_one_that_it_needs_is_refused(data, tmp_path):
     with pytest.raises(SpecError, match="the run 'random-0' needs 'routed-0', which must precede it in the grid"):
         _grid(_runs((0,))[::-1], tmp_path, data)
 
 
 def killed(spec, folder, data, **_):
-    """Train as a machine does that runs out of memory."""
+    """Fake training that the system kills, as when memory runs out."""
     if spec.model.layer_specs[0].router.kind == "always":
         signal.raise_signal(signal.SIGKILL)
     fake.train(spec, folder, data, **_)
 
 
-def test_a_process_that_is_killed_is_a_run_that_failed(data, tmp_path):
+def test_a_killed_process_counts_as_a_failed_run(data, tmp_path):
     results = _grid(_runs((0,)), tmp_path / "out", data, jobs=2, trainer=killed)
     assert [row["name"] for row in results.rows] == ["routed-0", "random-0"]
     assert [(run["name"], run["error"]) for run in results.failed] == [("always-0", "ended by SIGKILL")]
 
 
 def interrupted(*_, **__):
-    """Train as it ends with Ctrl-C."""
+    """Fake training that ends with Ctrl-C."""
     raise KeyboardInterrupt
 
 

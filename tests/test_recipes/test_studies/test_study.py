@@ -1,4 +1,4 @@
-"""What all studies share: the options, the folder, and folders that earlier versions began."""
+"""Behaviour shared by all studies: options, folders, and folders of earlier versions."""
 
 import json
 from functools import partial
@@ -26,7 +26,7 @@ SETTINGS = {"seeds": 1, "minutes": None, "length": 64}
 
 @pytest.fixture
 def spec(tmp_path):
-    """An experiment that every study can be made of, as a file."""
+    """An experiment that suits every study, as a file."""
     training = {**tiny.TRAINING, "updates": 6, "budget": {"target": 0.4, "hold": 1, "anneal": 1}}
     path = tmp_path / "spec.yaml"
     path.write_text(yaml.safe_dump({**tiny.EXPERIMENT, "training": training}), encoding="utf-8")
@@ -42,7 +42,7 @@ def _without_training(monkeypatch):
 
 @pytest.fixture(params=["compare", "router_table", "routed_mlp", "routed_conv"])
 def command(request, tmp_path):
-    """A command with its data, and two of its variants."""
+    """A command with its data folder, and two of its variants."""
     recipe, variants = {
         "compare": (compare, ("seqboat", "ema")),
         "router_table": (router_table, ("sma", "always")),
@@ -61,7 +61,7 @@ def _variants(out):
 
 
 @pytest.mark.parametrize("option", ["--variants", "--arms", "--models", "--only"])
-def test_variants_are_selected_under_every_name_that_the_option_had(command, spec, tmp_path, option):
+def test_variants_are_selected_under_every_former_name_of_the_option(command, spec, tmp_path, option):
     call, (first, _) = command
     assert call("--spec", spec, "--out", tmp_path / "out", option, first) == 0
     assert _variants(tmp_path / "out") == [first]
@@ -75,7 +75,7 @@ def test_variant_that_is_named_twice_is_trained_once(command, spec, tmp_path):
         assert fake.trainings(tmp_path / "out" / run["name"]) == 1
 
 
-def test_models_are_compared_by_the_metric_of_a_task_of_another_package(monkeypatch, tmp_path, capsys):
+def test_models_are_compared_by_the_metric_of_a_third_party_task(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sma.spec._registry["task"], "row_mean", RowMeanTask)
     monkeypatch.setattr(study, "run_grid", run_grid)
     model = {**tiny.MODEL, "encoder": {"kind": "real_number"}, "head": {"kind": "mean_pool_linear", "classes": 1}}
@@ -106,7 +106,7 @@ def test_study_of_recall_refuses_a_task_without_an_accuracy(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_variables_of_the_environment_select_nothing_unless_they_carry_the_prefix(command, spec, tmp_path, monkeypatch):
+def test_environment_variables_without_the_prefix_are_ignored(command, spec, tmp_path, monkeypatch):
     call, (first, second) = command
     monkeypatch.setenv("MODELS", "nothing")
     monkeypatch.setenv("SMA_VARIANTS", second)
@@ -114,7 +114,7 @@ def test_variables_of_the_environment_select_nothing_unless_they_carry_the_prefi
     assert _variants(tmp_path / "out") == [second]
 
 
-def test_misspelt_variant_is_answered_with_a_near_one(command, spec, tmp_path, capsys):
+def test_error_for_a_misspelt_variant_suggests_a_near_one(command, spec, tmp_path, capsys):
     call, (first, _) = command
     assert call("--spec", spec, "--out", tmp_path / "out", "--variants", f"{first}s") == 2
     assert f"'{first}s'; did you mean '{first}'?" in capsys.readouterr().err
@@ -135,7 +135,7 @@ def test_resumed_study_trains_further_variants_and_remembers_them(command, spec,
     assert set(json.loads((out / STUDY).read_text())["variants"]) == {first, second}
 
 
-def test_resumed_study_refuses_every_option_that_would_change_it_in_one_sentence(command, spec, tmp_path, capsys):
+def test_resumed_study_refuses_all_options_that_would_change_it_in_one_message(command, spec, tmp_path, capsys):
     call, (first, _) = command
     out = tmp_path / "out"
     assert call("--spec", spec, "--out", out, "--variants", first) == 0
@@ -146,7 +146,7 @@ def test_resumed_study_refuses_every_option_that_would_change_it_in_one_sentence
     )
 
 
-def test_report_writes_tables_and_figures_again_and_trains_nothing(command, spec, tmp_path, capsys):
+def test_report_rewrites_tables_and_figures_without_training(command, spec, tmp_path, capsys):
     call, (first, second) = command
     out, data = tmp_path / "out", ["--data", str(tmp_path / "data"), "--no-progress"]
     assert call("--spec", spec, "--out", out, "--variants", f"{first},{second}", "--seeds", "2") == 0
@@ -163,7 +163,7 @@ def test_report_writes_tables_and_figures_again_and_trains_nothing(command, spec
     assert "the report of a study needs no training and no test; leave --accelerator out\n" in capsys.readouterr().err
 
 
-def test_report_of_an_unknown_study_lists_the_known_ones(tmp_path, capsys):
+def test_error_for_an_unknown_study_lists_the_known_ones(tmp_path, capsys):
     (tmp_path / STUDY).write_text('{"study": "comparision"}')
     assert report(["report", str(tmp_path)]) == 2
     assert (
@@ -233,7 +233,7 @@ def test_folder_of_another_study_is_refused(command, spec, tmp_path, capsys):
     assert ", 'nothing'; start a new study" in capsys.readouterr().err
 
 
-def test_time_is_that_of_all_commands(command, spec, tmp_path):
+def test_time_is_the_sum_over_all_commands(command, spec, tmp_path):
     call, (first, second) = command
     out = tmp_path / "out"
     assert call("--spec", spec, "--out", out, "--variants", first) == 0
@@ -244,7 +244,7 @@ def test_time_is_that_of_all_commands(command, spec, tmp_path):
     assert (again["seconds"] >= 1000, again["jobs"]) == (True, 3)
 
 
-def test_damaged_summary_is_named(command, spec, tmp_path, capsys):
+def test_error_names_a_damaged_summary(command, spec, tmp_path, capsys):
     call, (first, _) = command
     out = tmp_path / "out"
     assert call("--spec", spec, "--out", out, "--variants", first) == 0

@@ -1,4 +1,4 @@
-"""Variants: what is compared differs in nothing but the router, and a study can be interrupted."""
+"""Variants differ only in their routers, and an interrupted study resumes."""
 
 import json
 
@@ -26,7 +26,7 @@ NAMES = ("routed", "always", "random")
 
 
 class Three(VariantsStudy):
-    """An experiment with its own router, and beside it always and random ones."""
+    """The experiment with its own routers, with always-on ones, and with random ones."""
 
     name = "three"
     known = NAMES
@@ -57,7 +57,7 @@ def done(data, tmp_path_factory):
     return out, {row["variant"]: row for row in results.rows}, drawn
 
 
-def test_row_of_a_variant_is_that_of_its_run(done):
+def test_row_of_a_variant_equals_the_summary_of_its_run(done):
     out, rows, drawn = done
     assert tuple(rows) == NAMES
     for name, row in rows.items():
@@ -70,14 +70,14 @@ def test_row_of_a_variant_is_that_of_its_run(done):
     ]
 
 
-def test_fixed_routers_run_as_often_as_they_say(done):
+def test_fixed_routers_run_at_their_configured_rates(done):
     rates = {name: layer_rates(row["rates"]) for name, row in done[1].items()}
     assert rates["always"] == [1.0, 1.0]
-    # Some hundred tokens: a rate of 0.5 is measured to within 0.03, one standard error.
+    # With some hundred tokens, the standard error of a rate of 0.5 is 0.03.
     assert rates["random"] == pytest.approx(rates["routed"], abs=0.12)
 
 
-def test_macs_are_those_of_the_layers_at_the_measured_rates(done, data):
+def test_macs_are_counted_in_the_layers_at_the_measured_rates(done, data):
     out, rows, _ = done
     length = max(1, round(sum(data.test.lengths.tolist()) / len(data.test)))
     for name, row in rows.items():
@@ -88,7 +88,7 @@ def test_macs_are_those_of_the_layers_at_the_measured_rates(done, data):
     assert rows["routed"]["macs_per_token"] < rows["always"]["macs_per_token"]
 
 
-def test_variants_differ_in_their_routers_alone(done):
+def test_variants_differ_only_in_their_routers(done):
     specs = [load_experiment(done[0] / name / EXPERIMENT) for name in NAMES]
     kinds = [[layer.router.kind for layer in spec.model.layer_specs] for spec in specs]
     assert kinds == [["sma"] * 2, ["always"] * 2, ["random"] * 2]
@@ -107,7 +107,7 @@ def test_table_has_a_line_per_variant(done):
     assert "MACs: multiply-accumulates of the layers at these rates, in a row of 13 tokens." in text
 
 
-def test_figure_is_an_image_with_something_on_it(done, tmp_path):
+def test_figure_is_not_blank(done, tmp_path):
     image = matplotlib.image.imread(draw_variants({"rows": [*done[1].values()]}, tmp_path, "the title"))
     assert min(image.shape[:2]) > 200
     assert 0.5 < image[..., :3].mean() < 1.0
@@ -130,7 +130,7 @@ def test_interrupted_study_resumes_where_it_stopped(data, tmp_path, monkeypatch,
     }
 
 
-def test_failure_is_that_of_one_variant(data, tmp_path, monkeypatch, done):
+def test_failure_does_not_stop_the_other_variants(data, tmp_path, monkeypatch, done):
     with monkeypatch.context() as patch:
         before_update(
             patch, 13, lambda module: fail(module) if (tmp_path / "routed" / "summary.json").exists() else None
@@ -140,7 +140,7 @@ def test_failure_is_that_of_one_variant(data, tmp_path, monkeypatch, done):
     assert {run["error"] for run in results.failed} == {"RuntimeError: the power went out"}
 
 
-def test_further_seeds_have_folders_of_their_own_and_follow_the_variant_of_their_seed(data, tmp_path):
+def test_further_seeds_have_separate_folders_and_need_the_variant_of_their_seed(data, tmp_path):
     runs = _runs(2, seed=3)
     assert [(run.name, run.variant, run.seed) for run in runs] == [
         *((name, name, 3) for name in NAMES),
@@ -166,7 +166,7 @@ def test_routers_are_given_once_or_for_every_layer_that_routes():
         with_routers(spec, [NeverRouterSpec()] * 3)
 
 
-def test_policy_gradient_comes_and_goes_with_the_routers_that_learn_from_it():
+def test_policy_gradient_is_set_only_for_routers_that_learn_from_it():
     drawing = with_routers(tiny(training__losses__z=0.1), BernoulliRouterSpec())
     assert (drawing.training.losses.policy, drawing.training.losses.z) == (1.0, 0.1)
     assert with_routers(drawing, SMARouterSpec()).training == tiny(training__losses__z=0.1).training
@@ -176,7 +176,7 @@ def test_policy_gradient_comes_and_goes_with_the_routers_that_learn_from_it():
     assert with_routers(mine, [SMARouterSpec(), BernoulliRouterSpec()]).training.losses.policy == 0.5
 
 
-def test_budget_stays_with_routers_that_can_keep_it():
+def test_budget_is_kept_only_for_routers_that_it_can_steer():
     spec = tiny(training__budget="{target: 0.5}")
     assert with_routers(spec, AlwaysRouterSpec()).training.budget is None
     assert with_routers(spec, AlwaysRouterSpec()).training == tiny().training
@@ -185,7 +185,7 @@ def test_budget_stays_with_routers_that_can_keep_it():
     )
 
 
-def test_router_of_a_layer_that_routes_nothing_is_left_alone():
+def test_router_of_a_layer_without_sub_modules_is_unchanged():
     spec = load_experiment("digits_routed_mlp_tiny")
     changed = with_routers(spec, NeverRouterSpec())
     pairs = zip(spec.model.layer_specs, changed.model.layer_specs, strict=True)

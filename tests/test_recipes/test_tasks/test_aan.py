@@ -1,6 +1,4 @@
-"""Pairs of papers from small made-up files in the release's format: the texts as they stand, cut; broken lines named;
-memory left alone.
-"""
+"""Pairs of papers from small files in the format of the release: cut and memory-mapped texts, and broken lines."""
 
 import hashlib
 import io
@@ -31,7 +29,7 @@ def line(label, first, second, ends=b"\n"):
     return b"\t".join([label, b"P05-1001", b"W98-12", first, second]) + ends
 
 
-# Quotes and carriage returns are text like any other; the last line has no end.
+# Quotes and arbitrary bytes are ordinary text; the last line has no line end.
 PAIRS = [
     (1, b'a "quoted, text', b"second \xc3\xa9"),
     (0, b"", b"x" * 50),
@@ -64,7 +62,7 @@ def pairs_of(dataset):
 
 
 @pytest.mark.parametrize("length", [1, 31, 4000])
-def test_texts_are_those_of_the_columns_cut(length, tmp_path):
+def test_texts_are_the_columns_cut_to_the_length(length, tmp_path):
     (tmp_path / "file.tsv").write_bytes(CONTENT)
     made, sha256 = read_pairs(tmp_path / "file.tsv", length)
     expected = [(label, first[:length], second[:length]) for label, first, second in PAIRS]
@@ -81,14 +79,14 @@ _texts = st.binary(max_size=60).map(lambda text: text.translate(None, b"\t\n\r")
     pairs=st.lists(st.tuples(st.sampled_from([b"0.0", b"1.0", b"0", b"1"]), _texts, _texts), min_size=1, max_size=8),
     crlf=st.booleans(),
 )
-def test_any_texts_without_tabs_and_line_ends_come_back(pairs, crlf, tmp_path_factory):
+def test_texts_without_tabs_and_line_ends_are_read_back(pairs, crlf, tmp_path_factory):
     path = tmp_path_factory.mktemp("aan") / "file.tsv"
     path.write_bytes(b"".join(line(*pair, ends=b"\r\n" if crlf else b"\n") for pair in pairs))
     made, _ = read_pairs(path, 45)
     assert pairs_of(made) == [(int(float(label)), first[:45], second[:45]) for label, first, second in pairs]
 
 
-def test_texts_stay_on_the_disk(tmp_path):
+def test_texts_are_memory_mapped(tmp_path):
     (tmp_path / "file.tsv").write_bytes(CONTENT)
     made, _ = read_pairs(tmp_path / "file.tsv", 4000)
     assert isinstance(made.content, np.memmap)
@@ -111,7 +109,7 @@ def test_texts_stay_on_the_disk(tmp_path):
         pytest.param(b"x" * 99 + b"\ta\tb\tc\td\n", r"line 3: label b'x+\.\.\.x*' is neither", id="long label"),
     ],
 )
-def test_broken_line_is_named(broken, complaint, tmp_path):
+def test_error_names_a_broken_line(broken, complaint, tmp_path):
     good = line(b"1.0", b"first", b"second")
     (tmp_path / "file.tsv").write_bytes(good + good + broken + good)
     with pytest.raises(DataError, match=complaint):
@@ -127,7 +125,7 @@ def test_blank_lines_and_a_byte_order_mark_are_skipped(blank, tmp_path):
     ]
 
 
-def test_empty_and_missing_files_are_named(tmp_path):
+def test_errors_name_empty_and_missing_files(tmp_path):
     (tmp_path / "file.tsv").touch()
     with pytest.raises(DataError, match=r"file\.tsv is empty; at least one pair is required"):
         read_pairs(tmp_path / "file.tsv", 4000)
@@ -136,7 +134,7 @@ def test_empty_and_missing_files_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("place", ["tsv_data", "lra_release/tsv_data", "lra_release/lra_release/tsv_data"])
-def test_release_is_found_where_it_may_lie(place, tmp_path):
+def test_release_is_found_at_every_known_path(place, tmp_path):
     release(tmp_path / place)
     made = load_aan(AANSettings(), tmp_path)
     assert pairs_of(made.test) == PAIRS
@@ -151,7 +149,7 @@ def test_release_is_unpacked_without_its_images(name, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [name, "lra_release_text"]
 
 
-def test_release_is_downloaded_when_asked_for(tmp_path, monkeypatch):
+def test_release_is_downloaded_on_request(tmp_path, monkeypatch):
     def fetch(url, path, *, sha256, md5, most, progress):
         assert (url, sha256, md5) == ("https://storage.googleapis.com/long-range-arena/lra_release.gz", None, None)
         archive_of(path, {f"lra_release/lra_release/tsv_data/{file}": CONTENT for file in FILES.values()})
@@ -161,7 +159,7 @@ def test_release_is_downloaded_when_asked_for(tmp_path, monkeypatch):
     assert len(load_aan(AANSettings(download=True), tmp_path).test) == len(PAIRS)
 
 
-def test_archive_that_lacks_the_folder_is_named(tmp_path):
+def test_error_names_an_archive_that_lacks_the_folder(tmp_path):
     archive_of(tmp_path / "lra_release.gz", {"lra_release/lra_release/listops-1000/basic_train.tsv": HEAD})
     with pytest.raises(
         DataError,
@@ -170,7 +168,7 @@ def test_archive_that_lacks_the_folder_is_named(tmp_path):
         load_aan(AANSettings(), tmp_path)
 
 
-def test_release_without_one_file_names_it(tmp_path):
+def test_error_names_a_file_missing_from_the_release(tmp_path):
     (release(tmp_path / "tsv_data") / "new_aan_pairs.eval.tsv").unlink()
     with pytest.raises(DataError, match=r"tsv_data lacks new_aan_pairs\.eval\.tsv; it must hold"):
         load_aan(AANSettings(), tmp_path)
@@ -188,7 +186,7 @@ def test_listops_is_read_from_the_release(tmp_path):
     assert set(data.hashes) == set(LISTOPS_FILES.values())
 
 
-def test_pairs_are_padded_to_one_length_and_lie_in_neighbouring_rows():
+def test_pairs_are_padded_to_one_length_and_stored_in_adjacent_rows():
     samples = [
         ((torch.tensor([1, 2]), torch.tensor([3])), 1),
         ((torch.tensor([], dtype=torch.int64), torch.tensor([4, 5, 6])), 0),
@@ -199,7 +197,7 @@ def test_pairs_are_padded_to_one_length_and_lie_in_neighbouring_rows():
     assert batch.targets.tolist() == [1, 0]
 
 
-def test_no_pairs_make_no_batch():
+def test_empty_batch_of_pairs_is_refused():
     with pytest.raises(DataError, match="a batch of no samples"):
         collate_pairs([])
 
@@ -222,7 +220,7 @@ EXPERIMENT = {
 }
 
 
-def test_from_the_files_to_a_trained_and_evaluated_model(tmp_path):
+def test_model_is_trained_and_evaluated_on_the_files(tmp_path):
     release(tmp_path / "tsv_data")
     spec = load_experiment(EXPERIMENT)
     assert isinstance(spec.task, RetrievalTask)

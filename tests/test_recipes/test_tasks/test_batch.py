@@ -36,7 +36,7 @@ def test_batch_is_shown_in_one_line():
     assert (repr(batch), repr(batch.to("meta"))) == (shown, shown.replace("cpu", "meta"))
 
 
-def test_batch_moves_to_a_device_whole():
+def test_all_parts_of_a_batch_move_to_a_device():
     batch = collate([(torch.ones(2), 1)]).to("meta")
     assert {part.device.type for part in batch} == {"meta"}
 
@@ -52,13 +52,13 @@ def test_batch_moves_to_a_device_whole():
         ),
     ],
 )
-def test_impossible_batches_are_refused(items, complaint):
+def test_invalid_batches_are_refused(items, complaint):
     with pytest.raises(DataError, match=complaint):
         collate(items)
 
 
 @pytest.mark.parametrize("targets", [torch.tensor([3, 1]), torch.tensor([[UNSCORED, 2, UNSCORED], [1, UNSCORED, 0]])])
-def test_losses_are_those_of_the_scored_answers_and_0_elsewhere(targets: Tensor) -> None:
+def test_losses_are_cross_entropies_of_the_scored_answers_and_0_elsewhere(targets: Tensor) -> None:
     logits = torch.randn(*targets.shape, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     logits.requires_grad_()
     losses, scored = scored_losses(logits, targets)
@@ -73,7 +73,7 @@ def test_losses_are_those_of_the_scored_answers_and_0_elsewhere(targets: Tensor)
     )
 
 
-def test_scores_that_do_not_count_may_be_none() -> None:
+def test_unscored_logits_may_be_nan() -> None:
     logits = torch.zeros(1, 2, 4)
     logits[0, 1] = torch.nan
     logits.requires_grad_()

@@ -32,18 +32,18 @@ SPLITS = ("train", "validation", "test")
 
 @pytest.fixture(autouse=True)
 def small_files(monkeypatch):
-    """Files of 12 records."""
+    """Reduce the files to 12 records."""
     monkeypatch.setattr(cifar, "RECORDS", COUNT)
 
 
 @pytest.fixture(autouse=True)
 def any_archive(monkeypatch):
-    """The archives here are made up."""
+    """Accept made-up archives: check no hash."""
     monkeypatch.setattr(cifar, "MD5", None)
 
 
 def make_files(folder):
-    """The six files; returns colours (N, 32, 32, 3) and labels by file."""
+    """Write the six files; return colours `(N, 32, 32, 3)` and labels by file."""
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
     made = {}
@@ -66,7 +66,7 @@ def make_archive(folder):
 
 
 def make_hub(monkeypatch, made, **changes):
-    """A stand-in for the package datasets; returns what it was asked for."""
+    """Install a stand-in for the package datasets; return the list of its calls."""
 
     def rows(names):
         return [
@@ -91,14 +91,14 @@ def same(left, right):
     )
 
 
-def test_grey_is_pillows_to_the_last_bit():
+def test_grey_values_equal_those_of_pillow_bit_for_bit():
     values = np.array([0, 1, 2, 3, 27, 63, 64, 100, 127, 128, 129, 200, 253, 254, 255], dtype=np.uint8)
     colours = np.stack(np.meshgrid(values, values, np.arange(256, dtype=np.uint8)), axis=-1).reshape(1, -1, 3)
     expected = np.asarray(Image.fromarray(colours).convert("L"))
     assert np.array_equal(to_grey(colours.transpose(0, 2, 1)), expected)
 
 
-def test_samples_are_standardised_rows_of_pillows_grey(tmp_path):
+def test_samples_are_standardised_grey_values_of_pillow(tmp_path):
     made = make_files(tmp_path / FOLDER)
     data = load_cifar(SETTINGS, tmp_path)
     images, labels = made[TEST_FILE]
@@ -129,13 +129,13 @@ def test_training_files_are_split_as_torch_does_with_seed_42(tmp_path):
         assert np.array_equal(split.pixels, np.stack([grey[number] for number in part]))
 
 
-def test_real_sizes_are_45000_5000_and_10000():
+def test_defaults_hold_out_5000_images_with_seed_42():
     assert (CifarSettings().validation, CifarSettings().seed) == (5000, 42)
     assert len(TRAIN_FILES) == 5
     assert len(CLASSES) == 10
 
 
-def test_hashes_are_those_of_grey_values_and_classes(tmp_path):
+def test_hashes_cover_grey_values_and_classes(tmp_path):
     make_files(tmp_path / FOLDER)
     data = load_cifar(SETTINGS, tmp_path)
     for name, split in zip(SPLITS, data[:3], strict=True):
@@ -143,17 +143,17 @@ def test_hashes_are_those_of_grey_values_and_classes(tmp_path):
     assert len(set(data.hashes.values())) == 3
 
 
-def test_archive_and_folder_give_the_same(tmp_path):
+def test_archive_and_folder_give_the_same_data(tmp_path):
     make_archive(tmp_path / "archive")
     make_files(tmp_path / "folder" / FOLDER)
     unpacked = load_cifar(SETTINGS, tmp_path / "archive")
     assert same(unpacked, load_cifar(SETTINGS, tmp_path / "folder"))
     (tmp_path / "archive" / ARCHIVE).unlink()
-    assert same(unpacked, load_cifar(SETTINGS, tmp_path / "archive"))  # what was unpacked stays
+    assert same(unpacked, load_cifar(SETTINGS, tmp_path / "archive"))  # the unpacked files are kept
     assert list((tmp_path / "archive").rglob("cifar-10-binary/**/*.html")) == []
 
 
-def test_archive_with_another_layout_is_named(tmp_path):
+def test_error_names_an_archive_with_another_layout(tmp_path):
     make_files(tmp_path / "made")
     with tarfile.open(tmp_path / ARCHIVE, "w:gz") as archive:
         archive.add(tmp_path / "made", "data")
@@ -164,7 +164,7 @@ def test_archive_with_another_layout_is_named(tmp_path):
         load_cifar(SETTINGS, tmp_path)
 
 
-def test_download_is_asked_for_and_checked(tmp_path, monkeypatch):
+def test_download_uses_the_published_url_and_hash(tmp_path, monkeypatch):
     asked = []
 
     def fetch(url, path, **keywords):
@@ -181,7 +181,7 @@ def test_download_is_asked_for_and_checked(tmp_path, monkeypatch):
     assert len(asked) == 1
 
 
-def test_hub_gives_the_same_as_the_files(tmp_path, monkeypatch):
+def test_hub_gives_the_same_data_as_the_files(tmp_path, monkeypatch):
     asked = make_hub(monkeypatch, make_files(tmp_path / FOLDER))
     data = load_cifar(CifarSettings(source="hub", validation=10), tmp_path)
     assert same(data, load_cifar(SETTINGS, tmp_path))
@@ -205,7 +205,7 @@ def test_hub_gives_the_same_as_the_files(tmp_path, monkeypatch):
         ),
     ],
 )
-def test_other_images_of_the_hub_are_refused(tmp_path, monkeypatch, row, complaint):
+def test_invalid_rows_of_the_hub_are_refused(tmp_path, monkeypatch, row, complaint):
     make_hub(monkeypatch, make_files(tmp_path / FOLDER), test=[row])
     with pytest.raises(DataError, match=complaint):
         load_cifar(CifarSettings(source="hub"), tmp_path)
@@ -248,7 +248,7 @@ def test_missing_file_and_wrong_class_are_refused_by_name(tmp_path):
         load_cifar(SETTINGS, tmp_path)
 
 
-def test_validation_split_that_leaves_nothing_is_refused(tmp_path):
+def test_validation_split_that_leaves_no_training_data_is_refused(tmp_path):
     make_files(tmp_path / FOLDER)
     with pytest.raises(DataError, match=r"validation=60 leaves none of the 60 training images to train on; lower it"):
         load_cifar(CifarSettings(validation=60), tmp_path)

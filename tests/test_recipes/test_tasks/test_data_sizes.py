@@ -1,4 +1,4 @@
-"""Data sets that no disk or memory holds are refused before anything of them is made."""
+"""Data sets larger than the disk or the memory are refused before any part of them is created."""
 
 import shutil
 from types import SimpleNamespace
@@ -29,7 +29,7 @@ MANY = 10**12
         pytest.param(RecallSettings(), lambda settings, folder, **_: make_recall(settings), id="recall"),
     ],
 )
-def test_more_samples_than_there_is_room_for_are_refused_and_leave_nothing(settings, prepare, changes, tmp_path):
+def test_more_samples_than_fit_are_refused_and_leave_nothing(settings, prepare, changes, tmp_path):
     with pytest.raises(
         DataError,
         match=r"needs (about 10\^[0-9]+|[0-9,]+) bytes.*(are free|can address); .*(lower|make room)",
@@ -52,14 +52,12 @@ def test_segments_longer_than_the_memory_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("clips", [MANY, 10**18])
-def test_more_synthetic_clips_than_there_is_room_for_are_refused(clips, tmp_path):
+def test_more_synthetic_clips_than_fit_are_refused(clips, tmp_path):
     with pytest.raises(DataError, match=r"a data set of 1,[0,]+ clips needs .* bytes.*; lower task\.data\.clips"):
         load_speech(SpeechSettings(source="synthetic", clips=clips), tmp_path)
 
 
-def test_room_on_the_disk_is_asked_for_before_the_folder_is_made_and_no_longer_where_the_data_is_there(
-    tmp_path, monkeypatch
-):
+def test_disk_space_is_checked_before_the_folder_is_created_and_not_for_existing_data(tmp_path, monkeypatch):
     settings = PathfinderSettings(train=3, validation=1, test=1)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=5 * 1025 - 1))
@@ -89,19 +87,19 @@ def test_room_on_the_disk_is_asked_for_before_the_folder_is_made_and_no_longer_w
         ),
     ],
 )
-def test_estimate_is_never_more_than_what_is_written(settings):
+def test_estimate_never_exceeds_the_written_size(settings):
     written = sum(len(line) for _, line in generate_lines(settings, workers=1))
     assert settings.total * settings.bytes_each <= written
 
 
 @pytest.mark.parametrize("name", ["max_length", "max_depth", "max_arity"])
-def test_expressions_that_would_never_end_are_refused(name):
+def test_excessive_bounds_of_expressions_are_refused(name):
     with pytest.raises(SpecError, match=rf"{name}=1000000000000 must be at most 1000000"):
         ListOpsSettings(**{"min_arity": 1, "max_arity": 1, name: MANY})
 
 
 @pytest.mark.parametrize(("length", "queries_from"), [(256, 96), (257, 96), (700, 400)])
-def test_queries_stand_where_keys_do_in_samples_of_any_length(length, queries_from):
+def test_queries_name_earlier_keys_in_samples_of_any_length(length, queries_from):
     data = make_recall(RecallSettings(length=length, queries_from=queries_from, train=20, validation=1, test=1))
     for number in range(20):
         ids, targets = data.train[number]
@@ -121,7 +119,7 @@ def test_positions_of_short_samples_are_kept_and_hashed_as_bytes():
     )
 
 
-def test_folder_that_is_not_there_has_the_room_of_the_disk_it_would_be_on(tmp_path):
+def test_missing_folder_has_the_free_space_of_its_disk(tmp_path):
     check_disk(tmp_path / "a" / "b", 1, "something small")
     with pytest.raises(
         DataError,

@@ -1,4 +1,4 @@
-"""Digits: every image in one split, every split with its share of every class, and the same ones each time."""
+"""Digits: every image is in one split, and splits are stratified by class and reproducible."""
 
 import hashlib
 import sys
@@ -23,13 +23,13 @@ def digits():
 
 @pytest.fixture(scope="module")
 def numbers():
-    """The indices of the images of the splits of the default settings."""
+    """Image indices of the splits of the default settings."""
     return split_digits(read_digits()[1], DigitsSettings())
 
 
 @pytest.fixture(scope="module")
 def images():
-    """What scikit-learn ships."""
+    """The data set of scikit-learn."""
     return datasets.load_digits()
 
 
@@ -49,7 +49,7 @@ def test_every_split_has_its_share_of_every_class(images, validation, test, digi
     assert sum(found) == count
 
 
-def test_samples_are_the_standardised_images_row_after_row(digits, numbers, images):
+def test_samples_are_the_standardised_images_row_by_row(digits, numbers, images):
     grey = images.data[numbers[0]]
     for split, part in zip(digits[:3], numbers, strict=True):
         assert split.lengths.tolist() == [64] * len(split)
@@ -74,14 +74,14 @@ def test_shown_pixels_are_the_grey_values(digits, numbers, images):
         assert digits.show(digits.test[index][0]) == [str(int(value)) for value in image]
 
 
-def test_same_seed_same_splits_and_another_seed_others(digits):
+def test_equal_seeds_give_equal_splits_and_other_seeds_other_splits(digits):
     again, other = load_digits(DigitsSettings(seed=0)), load_digits(DigitsSettings(seed=1))
     assert again.hashes == digits.hashes
     assert set(other.hashes.values()) & set(digits.hashes.values()) == set()
     assert [len(split) for split in other[:3]] == [len(split) for split in digits[:3]]
 
 
-def test_hashes_are_those_of_the_grey_values_and_the_digits(digits, numbers, images):
+def test_hashes_cover_grey_values_and_digits(digits, numbers, images):
     for name, part in zip(SPLITS, numbers, strict=True):
         content = images.data[part].astype(np.uint8).tobytes() + bytes(images.target[part].tolist())
         assert digits.hashes[name] == hashlib.sha256(content).hexdigest()
@@ -93,7 +93,7 @@ def test_splits_do_not_touch_the_global_random_state():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_shares_that_leave_nothing_are_refused():
+def test_shares_that_leave_no_training_data_are_refused():
     with pytest.raises(
         SpecError, match=r"validation=0\.5 and test=0\.5 leave nothing to train on; their sum must be at most 0\.99"
     ):
@@ -107,7 +107,7 @@ def test_split_without_an_image_of_some_class_is_refused():
         load_digits(DigitsSettings(validation=0.001))
 
 
-def test_missing_scikit_learn_is_a_sentence(monkeypatch):
+def test_missing_scikit_learn_gives_an_error_message(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(
         DataError, match=r"scikit-learn, which is not installed; install it: pip install scikit-learn.*\[recipes\]"
@@ -123,4 +123,4 @@ def test_task_gives_batches_of_real_numbers(tmp_path):
     assert (batch.inputs.shape, batch.inputs.dtype, bool(batch.valid.all())) == ((5, 64), torch.float32, True)
     assert set(data.hashes) == set(SPLITS)
     assert len(data.show(batch.inputs[0])) == 64
-    assert list(tmp_path.iterdir()) == []  # nothing to keep
+    assert list(tmp_path.iterdir()) == []  # nothing is written

@@ -1,6 +1,4 @@
-"""IMDB from a small made-up copy of its folder, its archive and the Hub: every review in one split, its bytes as they
-stand, cut.
-"""
+"""IMDB from small made-up copies of its folder, its archive and the Hub: splits, and the cut bytes of every review."""
 
 import hashlib
 import io
@@ -23,12 +21,12 @@ SHORT = ImdbSettings(validation=0.25, length=40)
 
 @pytest.fixture(autouse=True)
 def any_archive(monkeypatch):
-    """The archives here are made up."""
+    """Accept made-up archives: check no hash."""
     monkeypatch.setattr(imdb, "MD5", None)
 
 
 def review(split, name, number):
-    """A review that says what it is, with a line break, a byte that is no ASCII, and a length of its own."""
+    """A review that contains its name, a line break and a non-ASCII byte; its length depends on its number."""
     return f"{split} {name} {number}<br /><br />".encode() + b"\xe9" + b"!" * number
 
 
@@ -41,7 +39,7 @@ REVIEWS = {
 
 
 def make_folder(root, reviews=REVIEWS):
-    # Backwards: nothing may depend on the order in which files were written.
+    # In reverse: nothing may depend on the order in which files were written.
     for place, content in reversed(reviews.items()):
         path = root / "imdb" / "aclImdb" / place
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +75,7 @@ def expected(split, length):
 
 @pytest.mark.parametrize("make", [make_folder, make_archive])
 @pytest.mark.parametrize("length", [7, 40, 4000])
-def test_lra_split_is_the_published_one_with_the_test_reviews_twice(make, length, tmp_path):
+def test_lra_split_also_validates_on_the_test_reviews(make, length, tmp_path):
     made = load_imdb(ImdbSettings(split="lra", length=length), make(tmp_path))
     assert (tuple(made.hashes), made.class_names) == (("train", "validation", "test"), ("neg", "pos"))
     assert texts(made.train) == expected("train", length)
@@ -86,7 +84,7 @@ def test_lra_split_is_the_published_one_with_the_test_reviews_twice(make, length
 
 
 @pytest.mark.parametrize("make", [make_folder, make_archive])
-def test_held_out_reviews_are_a_share_of_each_class_and_of_no_other_split(make, tmp_path):
+def test_held_out_reviews_are_a_share_of_each_class_and_in_no_other_split(make, tmp_path):
     made = load_imdb(SHORT, make(tmp_path))
     assert sorted(texts(made.train) + texts(made.validation)) == sorted(expected("train", 40))
     assert torch.cat([made.validation.targets]).tolist() == [0] * 3 + [1] * 3
@@ -104,13 +102,13 @@ def test_archive_is_unpacked_once(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["._0_0.txt", ".DS_Store", ".hidden.txt"])
-def test_what_systems_leave_among_the_reviews_is_not_read(name, tmp_path):
+def test_hidden_files_among_the_reviews_are_not_read(name, tmp_path):
     make_folder(tmp_path, {**REVIEWS, f"train/pos/{name}": b"\0\5\x16\7"})
     made = load_imdb(ImdbSettings(split="lra"), tmp_path)
     assert texts(made.train) == expected("train", 4000)
 
 
-def test_number_of_reviews_is_the_published_one_or_said(tmp_path, caplog, monkeypatch):
+def test_number_of_reviews_that_differs_from_the_published_one_gives_a_warning(tmp_path, caplog, monkeypatch):
     make_folder(tmp_path)
     assert imdb.REVIEWS == 12_500
     monkeypatch.setattr(imdb, "REVIEWS", 5)
@@ -121,7 +119,7 @@ def test_number_of_reviews_is_the_published_one_or_said(tmp_path, caplog, monkey
         assert said.format(name) in message
 
 
-def test_seed_decides_what_is_held_out(tmp_path):
+def test_seed_decides_which_reviews_are_held_out(tmp_path):
     made, again, other = (
         load_imdb(SHORT.model_copy(update={"seed": seed}), make_folder(tmp_path)) for seed in (0, 0, 1)
     )
@@ -138,7 +136,7 @@ def test_samples_are_bytes_plus_one(tmp_path):
     assert max(int(made.train[number][0].max()) for number in range(24)) < VOCABULARY_SIZE
 
 
-def test_hashes_are_those_of_bytes_lengths_and_classes(tmp_path):
+def test_hashes_cover_bytes_lengths_and_classes(tmp_path):
     made = load_imdb(ImdbSettings(split="lra"), make_folder(tmp_path))
     documents = expected("test", 4000)
     content = b"".join(text for text, _ in documents)
@@ -148,17 +146,17 @@ def test_hashes_are_those_of_bytes_lengths_and_classes(tmp_path):
     assert made.hashes["test"] == hashlib.sha256(content).hexdigest()
 
 
-def test_selected_documents_are_those_of_their_numbers():
+def test_select_returns_the_documents_at_the_given_indices():
     documents = DocumentDataset.of([(b"one", 1), (b"", 0), (b"three", 2), (b"four", 1)])
     assert texts(documents.select(torch.tensor([3, 1, 2]))) == [(b"four", 1), (b"", 0), (b"three", 2)]
     assert texts(documents.select(torch.tensor([], dtype=torch.int64))) == []
 
 
-def test_texts_of_positions_are_readable():
+def test_positions_are_shown_as_readable_text():
     assert show(torch.tensor([byte + 1 for byte in b"a <\n\xff"])) == ["a", "␣", "<", "\\x0a", "\\xff"]
 
 
-def test_missing_class_is_named(tmp_path):
+def test_error_names_a_missing_class(tmp_path):
     make_folder(tmp_path, {place: text for place, text in REVIEWS.items() if "train/pos" not in place})
     with pytest.raises(DataError, match=r"cannot read .*train/pos: No such file"):
         load_imdb(SHORT, tmp_path)
@@ -167,7 +165,7 @@ def test_missing_class_is_named(tmp_path):
         load_imdb(SHORT, tmp_path)
 
 
-def test_empty_review_is_named(tmp_path):
+def test_error_names_an_empty_review(tmp_path):
     make_folder(tmp_path, {**REVIEWS, "test/pos/3_3.txt": b""})
     with pytest.raises(DataError, match=r"test/pos/3_3\.txt is empty; the archive was not fully unpacked"):
         load_imdb(SHORT, tmp_path)

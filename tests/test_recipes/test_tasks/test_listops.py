@@ -1,4 +1,4 @@
-"""ListOps data: Long Range Arena's files, generated or released, and what is said about broken ones."""
+"""ListOps data: files of Long Range Arena, generated or released, and errors about broken ones."""
 
 import csv
 import errno
@@ -39,7 +39,7 @@ def files_in(folder):
 
 
 def application(operator, arguments):
-    """Expressions are pairs: as Long Range Arena writes them, and without parentheses."""
+    """An expression as a pair: in the spelling of Long Range Arena, and without parentheses."""
     nested = operator
     for part in [*(argument[0] for argument in arguments), "]"]:
         nested = f"( {nested} {part} )"
@@ -60,13 +60,13 @@ def small_data(tmp_path_factory):
     return folder, prepare_listops(SMALL, folder, workers=1, progress=False)
 
 
-def test_bytes_of_a_generator_version_never_change(small_data):
+def test_output_of_a_generator_version_never_changes(small_data):
     _, data = small_data
     assert listops_trees.GENERATOR_VERSION == 1, "new version: record its hash here"
     assert data.hashes["basic_train.tsv"] == "b0c29db84621372fc32ef89a8b2310843f9545b91235cf9a2c048aebf99cecd9"
 
 
-def test_manifest_names_settings_version_and_the_hash_of_every_file(small_data):
+def test_manifest_holds_settings_version_and_the_hash_of_every_file(small_data):
     folder, data = small_data
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest == {"generator": "listops", "version": 1, "settings": SMALL.model_dump(), "files": data.hashes}
@@ -74,7 +74,7 @@ def test_manifest_names_settings_version_and_the_hash_of_every_file(small_data):
     assert set(files_in(folder)) == {*FILES.values(), "manifest.json"}
 
 
-def test_second_call_reads_what_the_first_generated(tmp_path, monkeypatch):
+def test_second_call_reads_the_data_of_the_first(tmp_path, monkeypatch):
     first = prepare_listops(SMALL, tmp_path, workers=1, progress=False)
     monkeypatch.setattr(listops, "generate_lines", None)
     second = prepare_listops(SMALL, tmp_path, progress=False)
@@ -97,7 +97,7 @@ def test_second_call_reads_what_the_first_generated(tmp_path, monkeypatch):
         ),
     ],
 )
-def test_generation_that_fails_leaves_nothing(tmp_path, monkeypatch, owner, name, raised, expected, complaint):
+def test_failed_generation_leaves_nothing(tmp_path, monkeypatch, owner, name, raised, expected, complaint):
     def fail(*arguments, **keywords):
         raise raised
 
@@ -115,7 +115,7 @@ def test_workers_end_when_writing_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(files.HashedFile, "write", fail)
     with pytest.raises(DataError, match="No space left on device") as caught:
         prepare_listops(SMALL, tmp_path, workers=2, progress=False)
-    assert caught.value.__traceback__ is not None  # the frames are still alive
+    assert caught.value.__traceback__ is not None  # the traceback keeps the frames alive
     assert multiprocessing.active_children() == []
 
 
@@ -147,13 +147,13 @@ def test_folder_of_other_settings_is_refused(small_data, update, change):
         prepare_listops(SMALL.model_copy(update=update), small_data[0], progress=False)
 
 
-def test_progress_counts_up_to_the_number_wanted(tmp_path):
+def test_progress_counts_up_to_the_requested_number(tmp_path):
     seen = []
     prepare_listops(SMALL, tmp_path, workers=1, progress=lambda found, wanted: seen.append((found, wanted)))
     assert seen[-1] == (400, 400)
 
 
-def test_progress_bar_is_shown_only_when_asked_for(tmp_path, capsys):
+def test_progress_bar_is_shown_only_on_request(tmp_path, capsys):
     prepare_listops(SMALL, tmp_path / "silent", workers=1, progress=False)
     assert capsys.readouterr().out == ""
     prepare_listops(SMALL, tmp_path / "shown", workers=1)
@@ -183,7 +183,7 @@ def test_decode_refuses_numbers_outside_the_vocabulary(number):
         decode([number])
 
 
-def test_reader_returns_what_was_generated(small_data):
+def test_reader_returns_the_generated_expressions(small_data):
     folder, data = small_data
     lines = (folder / "basic_train.tsv").read_text().splitlines()[1:]
     for (ids, target), line in zip(data.train, lines, strict=True):
@@ -299,14 +299,14 @@ def test_blank_lines_and_a_byte_order_mark_are_skipped(tmp_path):
         pytest.param(HEADER + "[MAX ² 2 ]\t2\n".encode(), "line 2: symbol 2 is '²', which is unknown", id="not-ascii"),
     ],
 )
-def test_broken_file_is_an_error_that_names_file_and_line(tmp_path, content, complaint):
+def test_error_of_a_broken_file_names_file_and_line(tmp_path, content, complaint):
     (tmp_path / "bad.tsv").write_bytes(content)
     with pytest.raises(DataError, match=complaint) as caught:
         read_listops(tmp_path / "bad.tsv")
     assert str(tmp_path / "bad.tsv") in str(caught.value)
 
 
-def test_missing_file_is_a_data_error(tmp_path):
+def test_missing_file_raises_a_data_error(tmp_path):
     with pytest.raises(DataError, match=r"cannot read '.*none.tsv': No such file or directory"):
         read_listops(tmp_path / "none.tsv")
     with pytest.raises(DataError, match=r"cannot read '.*basic_train.tsv': No such file or directory"):
@@ -325,8 +325,17 @@ def test_dataset_gives_ids_and_targets_by_index(small_data):
 
 
 def test_data_loader_shuffles_samples_into_batches(small_data):
-    loader = torch.utils.data.DataLoader(small_data[1].train, batch_size=32, shuffle=True, collate_fn=collate)
-    assert sum(int(batch.valid.sum()) for batch in loader) == int(small_data[1].train.lengths.sum())
+    split = small_data[1].train
+    generator = torch.Generator().manual_seed(0)
+    loader = torch.utils.data.DataLoader(split, 32, shuffle=True, collate_fn=collate, generator=generator)
+    read = [
+        (ids[valid].tolist(), int(target))
+        for batch in loader
+        for ids, valid, target in zip(batch.inputs, batch.valid, batch.targets, strict=True)
+    ]
+    kept = [(ids.tolist(), int(target)) for ids, target in (split[number] for number in range(len(split)))]
+    assert read != kept
+    assert sorted(read) == sorted(kept)
 
 
 def test_group_of_an_expression_is_its_outermost_operator(small_data):

@@ -31,7 +31,7 @@ SMALL = ListOpsSettings(
 )
 
 
-# Oracles: the definition word for word, over nested lists [operator, argument, …].
+# Oracles: the literal definition over nested lists [operator, argument, …].
 
 
 def naive_tree(rng, given_settings, depth=1):
@@ -122,7 +122,7 @@ def processes_started_by(method):
 
 @settings(max_examples=25, deadline=None)
 @given(small_settings())
-def test_every_tree_keeps_the_bounds_and_has_the_value_the_evaluator_gives(chosen):
+def test_every_tree_is_within_bounds_and_has_the_value_of_the_evaluator(chosen):
     for source, value in samples(draw_chunk(chosen, 0)[:150]):
         tokens = tokens_of(source)
         tree = parsed(tokens)
@@ -135,7 +135,7 @@ def test_every_tree_keeps_the_bounds_and_has_the_value_the_evaluator_gives(chose
         assert value == evaluate_expression(tokens) == evaluate_expression(source.split())
 
 
-def test_paper_trees_keep_the_bounds_and_have_the_value_the_evaluator_gives():
+def test_paper_trees_are_within_bounds_and_have_the_value_of_the_evaluator():
     lines = samples(draw_chunk(PAPER, 0))
     assert len(lines) > 200
     for source, value in lines[:60]:
@@ -155,7 +155,7 @@ def test_paper_trees_keep_the_bounds_and_have_the_value_the_evaluator_gives():
         pytest.param(ListOpsSettings(min_length=50, max_length=400, max_depth=8), id="mid"),
     ],
 )
-def test_sizes_are_distributed_as_those_of_a_naive_recursive_generator(chosen):
+def test_sizes_have_the_distribution_of_a_naive_recursive_generator(chosen):
     ours = [len(tokens_of(source)) for number in range(3) for source, _ in samples(draw_chunk(chosen, number))]
     rng = random.Random(1)
     drawn = [size_of(naive_tree(rng, chosen)) for _ in range(3 * listops_trees.DRAWS_PER_CHUNK)]
@@ -167,7 +167,7 @@ def test_sizes_are_distributed_as_those_of_a_naive_recursive_generator(chosen):
 
 
 def test_leaves_operators_arities_and_digits_have_their_probabilities():
-    # Without bounds on the size, every node above the greatest depth is an independent draw.
+    # Without bounds on the size, every node above the maximum depth is an independent draw.
     free = ListOpsSettings(min_length=0, max_length=10**6, max_depth=4, max_arity=10)
     trees = [parsed(tokens_of(source)) for number in range(2) for source, _ in samples(draw_chunk(free, number))]
     assert len(trees) == 2 * listops_trees.DRAWS_PER_CHUNK
@@ -227,7 +227,7 @@ def test_evaluator_computes_known_values(expression, value):
         pytest.param("[MIM 1 ]", r"symbol 1 is '\[MIM', which is unknown; did you mean '\[MI?[NM]'", id="unknown"),
     ],
 )
-def test_evaluator_refuses_what_is_no_expression(expression, complaint):
+def test_evaluator_refuses_invalid_expressions(expression, complaint):
     with pytest.raises(DataError, match=complaint):
         evaluate_expression(expression.split())
 
@@ -246,7 +246,7 @@ def test_evaluator_refuses_what_is_no_expression(expression, complaint):
         pytest.param({"max_len": 5}, "max_len", id="unknown-field"),
     ],
 )
-def test_settings_that_no_tree_fits_are_refused_when_made(fields, complaint):
+def test_settings_that_no_tree_fits_are_refused_at_construction(fields, complaint):
     with pytest.raises(ValueError, match=complaint):
         ListOpsSettings(**fields)
 
@@ -258,7 +258,7 @@ def test_paper_settings_are_those_of_long_range_arena():
     }  # fmt: skip
 
 
-def test_no_workers_are_refused():
+def test_zero_workers_are_refused():
     with pytest.raises(SpecError, match="workers=0 must be at least 1; leave it out to use every core"):
         list(generate_lines(SMALL, workers=0))
 
@@ -269,8 +269,8 @@ def test_splits_have_their_sizes_and_share_no_tree():
     assert len({line for _, line in lines}) == 400
 
 
-def test_splits_keep_one_distribution_where_likely_trees_run_out():
-    # 400 trees of size 4 are each ten times likelier than one of the 4,000 of size 5, so they are found first.
+def test_splits_have_one_distribution_even_if_likely_trees_run_out():
+    # Each of the 400 trees of size 4 is ten times as likely as one of the 4,000 of size 5, so they are found first.
     scarce = ListOpsSettings(
         min_length=3, max_length=6, max_depth=2, max_arity=3, train=1000, validation=1000, test=500
     )
@@ -296,7 +296,7 @@ def test_the_same_seed_gives_the_same_lines_and_another_seed_gives_others():
     assert not {line for _, line in first if len(line) > 60} & {line for _, line in other}
 
 
-def test_too_few_different_trees_are_an_error_that_says_how_many():
+def test_error_for_too_few_different_trees_states_the_number():
     only_digits = ListOpsSettings(min_length=0, max_length=5, max_depth=1, train=5, validation=5, test=5)
     with pytest.raises(
         DataError, match=r"found only 10 different trees of 15, none.*lower the number, or widen the bounds"
@@ -308,7 +308,7 @@ def die(settings, number):
     os._exit(1)
 
 
-def test_death_of_a_worker_is_a_data_error(monkeypatch):
+def test_death_of_a_worker_raises_a_data_error(monkeypatch):
     monkeypatch.setattr(listops_trees, "draw_chunk", die)
     with (
         processes_started_by("fork"),
@@ -343,7 +343,7 @@ for _ in generate_lines(PAPER, workers=2):
         time.sleep(0.1)
 
 
-def test_progress_counts_up_to_the_number_wanted():
+def test_progress_counts_up_to_the_requested_number():
     seen = []
     for _ in generate_lines(SMALL, workers=1, on_progress=lambda found, wanted: seen.append((found, wanted))):
         pass

@@ -1,4 +1,4 @@
-"""Multi-query associative recall: the law of its samples, what is scored, and what is refused."""
+"""Multi-query associative recall: distribution of samples, scored positions, and rejected settings."""
 
 import json
 import math
@@ -56,7 +56,7 @@ def settings(draw):
 
 
 def check_sample(chosen, ids, targets):
-    """Read a sample token by token, as a person would."""
+    """Check a sample token by token."""
     half = chosen.vocabulary // 2
     assert len(ids) == len(targets) == chosen.length
     told = {}
@@ -81,7 +81,7 @@ def check_sample(chosen, ids, targets):
 
 
 @given(chosen=settings())
-def test_every_row_asks_every_key_once_and_its_answer_is_the_value_that_followed_it(chosen):
+def test_every_row_queries_every_key_once_and_the_target_is_its_value(chosen):
     made = make_mqar(chosen)
     assert [len(made.train), len(made.validation), len(made.test)] == [5, 2, 3]
     for split in (made.train, made.validation, made.test):
@@ -91,7 +91,7 @@ def test_every_row_asks_every_key_once_and_its_answer_is_the_value_that_followed
 
 
 @given(chosen=settings())
-def test_a_sample_does_not_depend_on_what_it_is_drawn_with(chosen):
+def test_a_sample_does_not_depend_on_the_others_of_its_batch(chosen):
     split = MQARDataset(chosen, 1, 9)
     together = split.__getitems__([7, 2, 2, 0])
     for (ids, targets), number in zip(together, [7, 2, 2, 0], strict=True):
@@ -104,7 +104,7 @@ def test_a_sample_does_not_depend_on_what_it_is_drawn_with(chosen):
 
 
 @given(chosen=settings(), seed=st.integers(0, 99))
-def test_an_answer_is_written_nowhere_but_in_its_pair(chosen, seed):
+def test_an_answer_occurs_only_in_its_pair(chosen, seed):
     drawn = draw(chosen.replace(filler="zero", seed=seed), 0, torch.arange(4))
     hidden = drawn.ids.clone()
     hidden[:, 1 : 2 * chosen.pairs : 2] = 0
@@ -113,7 +113,7 @@ def test_an_answer_is_written_nowhere_but_in_its_pair(chosen, seed):
 
 
 def law_of_gaps(gaps, pairs, power):
-    """Probability of every ordered choice of different gaps, each drawn in proportion to the weights that are left."""
+    """Probability of every ordered choice of distinct gaps, each drawn in proportion to the remaining weights."""
     weights = [(gap + 1) ** (power - 1) for gap in range(gaps)]
     found = {}
 
@@ -131,7 +131,7 @@ def law_of_gaps(gaps, pairs, power):
 
 
 @pytest.mark.parametrize("power", [0.01, 1.0, 2.5])
-def test_gaps_are_drawn_one_after_another_in_proportion_to_the_power_law(power):
+def test_gaps_are_drawn_without_replacement_in_proportion_to_the_power_law(power):
     chosen = MQARSettings(length=16, pairs=3, vocabulary=20, power=power)
     rows = 20_000
     gaps = (draw(chosen, 0, torch.arange(rows)).queries - 6) // 2
@@ -153,7 +153,7 @@ def test_keys_and_values_are_uniform_ordered_choices():
         assert len(found) == ways
         assert (counts - rows / ways).abs().max() < 5 * math.sqrt(rows / ways)
     apart = torch.cat([drawn.ids[:, :1], drawn.answers[:, :1]], 1).unique(dim=0, return_counts=True)[1]
-    assert len(apart) == 12  # any key has any value
+    assert len(apart) == 12  # every key occurs with every value
     assert (apart - rows / 12).abs().max() < 5 * math.sqrt(rows / 12)
 
 
@@ -176,7 +176,7 @@ def test_splits_are_fixed_by_the_seed_and_disjoint():
     assert len(rows) == 150
 
 
-def test_hash_is_that_of_the_rows_one_by_one(monkeypatch):
+def test_hash_does_not_depend_on_the_block_size(monkeypatch):
     split = MQARDataset(MQARSettings(length=16, pairs=2, vocabulary=12), 2, 7)
     whole = MQARDataset(split.settings, 2, 7).sha256
     monkeypatch.setattr("sma.recipes.tasks.mqar._BLOCK", 16)
@@ -209,7 +209,7 @@ def test_long_samples_are_drawn_one_at_a_time():
         pytest.param({"power": -0.5}, "MQARSettings: power=-0.5 must be at least 0", id="power"),
     ],
 )
-def test_settings_that_no_sample_can_have_are_refused(changes, sentence):
+def test_settings_that_no_sample_can_satisfy_are_refused(changes, sentence):
     with pytest.raises(SpecError, match=re.escape(sentence)):
         MQARSettings(**changes)
 
@@ -220,7 +220,7 @@ def test_unknown_filler_is_refused():
 
 
 @pytest.mark.parametrize("changes", [{"train": 10**12}, {"test": 10**18}], ids=str)
-def test_more_samples_than_there_is_room_for_their_lengths_are_refused(changes):
+def test_more_samples_than_fit_in_memory_are_refused(changes):
     with pytest.raises(DataError, match=r"the task mqar needs .* bytes.*; lower train, validation, test or length"):
         make_mqar(MQARSettings(**changes))
 
@@ -240,13 +240,13 @@ def test_more_samples_than_there_is_room_for_their_lengths_are_refused(changes):
         ),
     ],
 )
-def test_model_that_cannot_answer_is_refused(setting, sentence):
+def test_unsuitable_model_is_refused(setting, sentence):
     with pytest.raises(SpecError, match=exactly(f"ExperimentSpec: {sentence}")):
         load_experiment(TINY, [setting])
 
 
 @given(chosen=settings())
-def test_texts_name_the_role_of_every_token(chosen):
+def test_texts_show_the_role_of_every_token(chosen):
     drawn = draw(chosen, 0, torch.arange(3))
     for ids, targets in zip(drawn.ids, drawn.targets, strict=True):
         texts = show(chosen, ids)
@@ -263,7 +263,7 @@ def test_texts_name_the_role_of_every_token(chosen):
             assert text != "·" or token == 0 or token >= chosen.vocabulary // 2
 
 
-def test_accuracy_of_a_run_is_the_share_of_queries_answered_right(tmp_path):
+def test_accuracy_of_a_run_is_the_share_of_correctly_answered_queries(tmp_path):
     spec = load_experiment(TINY)
     data = spec.task.prepare(tmp_path, progress=False)
     finished = run_experiment(spec, tmp_path / "run", data, accelerator="cpu", progress=False)
@@ -294,6 +294,6 @@ def test_tokens_beyond_a_thousand_have_no_confusion_matrix(tmp_path, capsys):
     assert "confusion" not in json.loads((tmp_path / "run" / "evaluation.json").read_text())
 
 
-def test_chance_is_that_of_a_value():
+def test_chance_is_one_over_the_number_of_values():
     assert MQARTask(data={"vocabulary": 64}).chance == 1 / 32
     assert MQARTask().classes == 8192

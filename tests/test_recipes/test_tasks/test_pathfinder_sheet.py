@@ -36,7 +36,7 @@ def test_contact_sheet_has_positives_on_the_left(tmp_path, capsys):
         assert np.array_equal(sheet[2:22, left : left + 20], first)
 
 
-def test_sheet_that_cannot_be_drawn_is_a_sentence(tmp_path, capsys):
+def test_sheet_that_cannot_be_drawn_gives_an_error_message(tmp_path, capsys):
     assert main(["--size", "20", "--set", "contour_length=1"]) == 2
     assert "contour_length" in capsys.readouterr().err
     assert main(["--size", "32", "--rows", "1", "--columns", "1", "--out", str(tmp_path / "no" / "sheet.png")]) == 2

@@ -1,6 +1,4 @@
-"""The Pathfinder stimulus: what makes the task, from the generator's own geometry, and the pictures against a slow
-drawing.
-"""
+"""Pathfinder stimulus: properties of the task from the generator's geometry, and images against a slow drawing."""
 
 import hashlib
 import itertools
@@ -42,7 +40,7 @@ def groups_of(stimulus):
 
 
 def window(settings, stimulus, dash, bits_or_picture):
-    """Pixels of the image (row, column) -> value, of what is drawn around a dash."""
+    """Map from the pixels (row, column) drawn around a dash to their values."""
     stencils = stencils_of(settings, stimulus.margin)
     if isinstance(bits_or_picture, int):
         rows, columns = pixels_of(bits_or_picture, stencils.stride)
@@ -102,7 +100,7 @@ def test_contours_have_their_lengths(case):
     assert any(len(stimulus.distractors) == settings.distractors for stimulus in stimuli)
 
 
-def test_dashes_follow_one_another_and_never_turn_too_far(case):
+def test_consecutive_dashes_have_bounded_distance_and_turn(case):
     settings, stimuli = case
     for stimulus in stimuli:
         directions = stencils_of(settings, stimulus.margin).directions
@@ -119,7 +117,7 @@ def test_dashes_follow_one_another_and_never_turn_too_far(case):
                 assert abs(turn) < math.pi / 2 / settings.continuity
 
 
-def test_second_contour_begins_at_the_seed_distance_and_the_first_off_the_frame(case):
+def test_second_contour_starts_at_the_seed_distance_and_the_first_off_the_frame(case):
     settings, stimuli = case
     for stimulus in stimuli:
         first, second = (contour[0].near for contour in stimulus.contours)
@@ -143,7 +141,7 @@ def test_footprints_do_not_overlap_and_stay_off_the_padding(case):
         assert all(row in inside and column in inside for pixels in covered for row, column in pixels)
 
 
-def test_drawn_pixels_of_dashes_that_are_no_neighbours_are_more_than_a_margin_apart(case):
+def test_drawn_pixels_of_non_adjacent_dashes_are_more_than_a_margin_apart(case):
     settings, stimuli = case
     for stimulus in stimuli[:6]:
         dashes = [
@@ -158,7 +156,7 @@ def test_drawn_pixels_of_dashes_that_are_no_neighbours_are_more_than_a_margin_ap
             assert min(itertools.starmap(math.dist, pixels)) > stimulus.margin
 
 
-def test_footprint_is_what_lies_within_a_margin_of_the_drawn_dash(case):
+def test_footprint_lies_within_a_margin_of_the_drawn_dash_and_contains_it(case):
     settings, stimuli = case
     stimulus = stimuli[0]
     for direction in stencils_of(settings, stimulus.margin).directions:
@@ -215,7 +213,7 @@ def test_nothing_is_brighter_than_a_disc_and_contours_have_their_contrasts(setti
     assert int(stimulus.image[stimulus.discs[1]]) == 255
 
 
-def test_fitting_places_are_those_where_no_pixel_of_the_footprint_is_occupied():
+def test_free_pivots_are_those_whose_footprint_is_unoccupied():
     stencils, rng = stencils_of(SHORT, 1), np.random.default_rng(0)
     board = stencils.border
     for row, column in rng.integers(stencils.reach, stencils.reach + SHORT.size, (9, 2)).tolist():
@@ -262,10 +260,10 @@ def test_turns_without_obstacles_follow_cosine_squared(continuity):
     mean, square = (sum(values) / len(expected) for values in zip(*expected, strict=True))
     error = math.sqrt((square - mean**2) / len(turns))
     assert abs(sum(map(abs, turns)) / len(turns) - mean) < 4 * error
-    assert abs(sum(turns) / len(turns)) < 4 * math.sqrt(square / len(turns))  # to the left as often as to the right
+    assert abs(sum(turns) / len(turns)) < 4 * math.sqrt(square / len(turns))  # left as often as right
 
 
-def test_sample_is_the_same_whatever_was_drawn_before():
+def test_sample_does_not_depend_on_earlier_draws():
     alone = draw_stimulus(SHORT, 3, 7)
     for number in range(9):
         again = draw_stimulus(SHORT, 3, number)
@@ -279,7 +277,7 @@ def test_samples_and_seeds_differ():
     assert len(images) == 300
 
 
-def test_bytes_of_a_generator_version_never_change():
+def test_output_of_a_generator_version_never_changes():
     assert pathfinder_stimulus.GENERATOR_VERSION == 1, "new version: record its hashes here"
     total = hashlib.sha256()
     for settings, count in ((LRA, 10), (SHORT, 10), (PATHX, 1)):
@@ -289,7 +287,7 @@ def test_bytes_of_a_generator_version_never_change():
     assert total.hexdigest() == "7afcf8cdd939f11d62fc57da7b1e05548dec363296c6393427c09bbed6ac1b5d"
 
 
-def test_contours_that_cannot_fit_end_with_a_sentence(monkeypatch):
+def test_contours_that_cannot_fit_give_an_error_message(monkeypatch):
     monkeypatch.setattr(pathfinder_stimulus, "STARTS", 50)
     crowded = SHORT.model_copy(update={"contour_length": 60})
     with pytest.raises(
@@ -300,8 +298,8 @@ def test_contours_that_cannot_fit_end_with_a_sentence(monkeypatch):
         draw_stimulus(crowded, 0, 0)
 
 
-def test_beginning_that_fits_nowhere_is_a_sentence():
-    # From the middle, 20 pixels lead out of the image.
+def test_start_that_fits_nowhere_gives_an_error_message():
+    # A dash of 20 pixels that starts in the middle leaves the image.
     long = StimulusSettings(size=28, dash_length=20, margins=(2,), seed_frame=13)
     with pytest.raises(
         DataError,
@@ -326,6 +324,6 @@ def test_distractors_stop_when_the_image_is_full():
         ({"continuity": 0.5}, r"continuity"),
     ],
 )
-def test_impossible_settings_are_refused(change, complaint):
+def test_invalid_settings_are_refused(change, complaint):
     with pytest.raises(SpecError, match=complaint):
         StimulusSettings(**change)

@@ -1,4 +1,4 @@
-"""Passages of Python's modules: where they come from, that no module is in two splits, and what the answer is."""
+"""Passages of Python's modules: their sources, disjoint splits of modules, and labels."""
 
 from itertools import chain
 from pathlib import PurePosixPath
@@ -19,9 +19,7 @@ SPLITS = ("train", "validation", "test")
 
 
 def made_up_modules(count=20, passages=6, length=8):
-    """Modules of which every byte tells the module, and every 8 bytes the place; every second one is about the
-    internet.
-    """
+    """Modules whose even bytes give the module and odd bytes the passage; every second one is about the internet."""
     internet = sorted(INTERNET)
     names = [f"{internet[number]}/a.py" if number % 2 else f"m{number}.py" for number in range(count)]
     return {
@@ -57,7 +55,7 @@ def test_modules_are_the_sources_of_the_standard_library_without_tests_and_table
     assert len({name for name in modules if name.split("/")[0].removesuffix(".py") in INTERNET}) > 50
 
 
-def test_python_without_sources_is_a_sentence(tmp_path, monkeypatch):
+def test_python_without_sources_gives_an_error_message(tmp_path, monkeypatch):
     monkeypatch.setattr(python_text.sysconfig, "get_path", lambda name: str(tmp_path))
     with pytest.raises(
         DataError, match=r"came without the sources of its standard library \(looked for \*\.py in .*\); install them"
@@ -67,7 +65,7 @@ def test_python_without_sources_is_a_sentence(tmp_path, monkeypatch):
 
 @given(st.integers(5, 60), st.floats(0.2, 0.7), st.integers(0, 5))
 @settings(max_examples=30, deadline=None)
-def test_every_module_is_dealt_to_one_split_whatever_the_order_of_names(count, validation, seed):
+def test_every_module_is_in_one_split_whatever_the_order_of_names(count, validation, seed):
     names = [f"m{number}.py" for number in range(count)]
     parts = deal_modules(names, validation, seed)
     assert sorted(chain(*parts.values())) == sorted(names)
@@ -76,7 +74,7 @@ def test_every_module_is_dealt_to_one_split_whatever_the_order_of_names(count, v
     assert parts == deal_modules(reversed(names), validation, seed)
 
 
-def test_seed_decides_who_goes_where():
+def test_seed_decides_the_split_of_a_module():
     names = list(made_up_modules())
     assert deal_modules(names, 0.2, 0) != deal_modules(names, 0.2, 1)
 
@@ -107,7 +105,7 @@ def test_documents_are_whole_passages_half_of_each_class_and_no_module_is_in_two
         assert set(split.lengths.tolist()) == {8}
 
 
-def test_rest_of_a_module_that_makes_no_passage_is_left_out():
+def test_remainder_of_a_module_shorter_than_a_passage_is_dropped():
     modules = {name: content + b"rest" for name, content in made_up_modules().items()}
     for with_rest, without in zip(
         python_documents(8, 0.25, 0, modules), python_documents(8, 0.25, 0, made_up_modules()), strict=True
@@ -124,7 +122,7 @@ def test_split_without_a_passage_of_some_class_is_refused():
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("length", [2, 8, 12])
-def test_pairs_are_a_passage_and_what_follows_it_or_a_passage_of_another_module(seed, length):
+def test_pairs_are_a_passage_and_its_continuation_or_a_passage_of_another_module(seed, length):
     modules = made_up_modules()
     seen = {}
     for name, pairs in python_pairs(length, 0.25, seed, modules).items():
@@ -138,20 +136,20 @@ def test_pairs_are_a_passage_and_what_follows_it_or_a_passage_of_another_module(
                 assert seen.setdefault(module_of(passage), name) == name
         spans = pairs.spans
         assert torch.equal(spans[:, 1] - spans[:, 0], torch.full((len(found),), length))
-        # Neither passage by itself tells the answer: each comes as often with the one as with the other.
+        # Neither passage alone determines the label: each occurs equally often with both labels.
         for column in (0, 2):
             with_either = [sorted(spans[pairs.targets == target, column].tolist()) for target in (0, 1)]
             assert with_either[0] == with_either[1]
 
 
-def test_passages_mostly_of_one_module_are_refused():
+def test_split_with_most_passages_from_one_module_is_refused():
     modules = {f"m{number}.py": b"x" * (1000 if number < 12 else 16) for number in range(15)}
     refused = r"\d+ of the \d+ passages of the split '\w+' are of one module, at most half may be; lower the length"
     with pytest.raises(DataError, match=refused):
         python_pairs(8, 0.1, 0, modules)
 
 
-def test_limits_hold_and_choose_by_the_seed(monkeypatch):
+def test_limits_hold_and_the_seed_selects_the_passages(monkeypatch):
     monkeypatch.setattr(python_text, "LIMITS", {"train": 20, "validation": 6, "test": 4})
     modules = made_up_modules()
     assert [len(split) for split in python_documents(8, 0.25, 0, modules)] == [20, 6, 4]
@@ -171,7 +169,7 @@ def test_same_modules_in_another_order_give_the_same_hashes():
     assert [split.sha256 for split in documents] == [split.sha256 for split in others]
 
 
-def test_loaders_of_reviews_and_papers_give_them_without_a_data_folder(tmp_path):
+def test_loaders_of_reviews_and_papers_give_python_passages_without_a_data_folder(tmp_path):
     folder = tmp_path / "none"
     reviews = load_imdb(ImdbSettings(source="python", length=100, validation=0.2, seed=3), folder)
     expected = python_documents(100, 0.2, 3)
@@ -184,7 +182,7 @@ def test_loaders_of_reviews_and_papers_give_them_without_a_data_folder(tmp_path)
     assert not folder.exists()
 
 
-def test_tasks_call_the_classes_what_they_are(tmp_path):
+def test_class_names_describe_python_passages(tmp_path):
     assert TextTask(data={"source": "python", "length": 100}).prepare(tmp_path).class_names == ("other", "internet")
     assert RetrievalTask(data={"source": "python", "length": 100}).prepare(tmp_path).class_names == (
         "elsewhere",
@@ -192,6 +190,6 @@ def test_tasks_call_the_classes_what_they_are(tmp_path):
     )
 
 
-def test_split_of_the_reviews_is_refused():
+def test_lra_split_is_refused_for_python_passages():
     with pytest.raises(SpecError, match=r"split='lra' requires reviews; with source='python' use split='held_out'"):
         ImdbSettings(source="python", split="lra")

@@ -27,7 +27,7 @@ SPLITS = ("train", "validation", "test")
 
 @pytest.fixture(autouse=True)
 def any_archive(monkeypatch):
-    """The archives here are made up."""
+    """Accept made-up archives: check no hash."""
     monkeypatch.setattr(speech_commands, "SHA256", None)
 
 
@@ -44,7 +44,7 @@ def loaded(corpus):
     return load_speech(SpeechSettings(), corpus, progress=False)
 
 
-def test_clips_are_those_of_the_files_sorted_by_word_and_name_and_short_ones_are_left_out(corpus):
+def test_clips_are_sorted_by_word_and_name_and_short_ones_are_left_out(corpus):
     clips = load_clips(corpus, progress=False)
     assert clips.names == [f"{word}/{number:02d}_nohash_0.wav" for word in CLASSES for number in range(10)]
     assert clips.samples.shape == (100, 16_000)
@@ -53,7 +53,7 @@ def test_clips_are_those_of_the_files_sorted_by_word_and_name_and_short_ones_are
         assert np.array_equal(clips.samples[place], clip_of(word, number))
 
 
-def test_only_what_is_read_of_the_copy_comes_into_memory(corpus):
+def test_copy_is_memory_mapped(corpus):
     assert isinstance(load_clips(corpus, progress=False).samples.base, np.memmap)
 
 
@@ -62,7 +62,7 @@ def test_second_run_reads_the_copy(corpus, loaded, monkeypatch):
     assert load_speech(SpeechSettings(), corpus, progress=False).hashes == loaded.hashes
 
 
-def test_order_in_which_files_were_written_and_are_listed_changes_nothing(tmp_path, loaded, monkeypatch):
+def test_data_does_not_depend_on_the_order_of_files(tmp_path, loaded, monkeypatch):
     write_corpus(tmp_path, backwards=True)
     glob = speech_commands.Path.glob
     monkeypatch.setattr(speech_commands.Path, "glob", lambda self, pattern: sorted(glob(self, pattern), reverse=True))
@@ -74,18 +74,18 @@ def write_archive(folder, corpus, prefix=""):
         for path in sorted((corpus / NAME).rglob("*")):
             if path.is_file():
                 archive.add(path, prefix + path.relative_to(corpus / NAME).as_posix())
-        archive.add(corpus / NAME / LISTS[0], f"{prefix}yes/._00_nohash_0.wav")  # what a Mac packs beside a file
+        archive.add(corpus / NAME / LISTS[0], f"{prefix}yes/._00_nohash_0.wav")  # metadata that macOS adds
 
 
 @pytest.mark.parametrize("prefix", ["", "./"], ids=["plain", "dot"])
-def test_archive_gives_what_the_folder_gives_and_only_the_ten_words_are_unpacked(tmp_path, corpus, loaded, prefix):
+def test_archive_gives_the_data_of_the_folder_and_only_the_ten_words_are_unpacked(tmp_path, corpus, loaded, prefix):
     write_archive(tmp_path, corpus, prefix)
     assert load_speech(SpeechSettings(), tmp_path, progress=False).hashes == loaded.hashes
     assert load_speech(SpeechSettings(split="hash"), tmp_path, progress=False).hashes != loaded.hashes
     assert not (tmp_path / NAME / "cat").exists()
 
 
-def test_archive_that_somebody_put_there_must_have_the_published_hash(tmp_path, corpus, loaded, monkeypatch):
+def test_archive_provided_by_the_user_must_have_the_published_hash(tmp_path, corpus, loaded, monkeypatch):
     write_archive(tmp_path, corpus)
     found = hashlib.sha256((tmp_path / f"{NAME}.tar.gz").read_bytes()).hexdigest()
     monkeypatch.setattr(speech_commands, "SHA256", SHA256)
@@ -95,11 +95,11 @@ def test_archive_that_somebody_put_there_must_have_the_published_hash(tmp_path, 
     assert load_speech(SpeechSettings(), tmp_path, progress=False).hashes == loaded.hashes
 
 
-def test_hidden_files_and_blanks_in_names_do_not_matter(tmp_path, loaded):
+def test_hidden_files_are_ignored_and_names_may_have_blanks(tmp_path, loaded):
     root = write_corpus(tmp_path)
     (root / "yes" / "._00_nohash_0.wav").write_bytes(b"\0\5\x16\7")
     (root / "no" / ".DS_Store").write_bytes(b"\0")
-    # Sorted where the name without the blank was.
+    # The name with blanks has the same position in the sorted order.
     (root / "go" / "09_nohash_0.wav").rename(root / "go" / "09 nohash 0.wav")
     (root / LISTS[1]).write_text("go/09 nohash 0.wav\n" + (root / LISTS[1]).read_text())
     assert load_speech(SpeechSettings(), tmp_path, progress=False).hashes == loaded.hashes
@@ -108,31 +108,31 @@ def test_hidden_files_and_blanks_in_names_do_not_matter(tmp_path, loaded):
     assert clips.names[-1] in clips.lists[LISTS[1]]
 
 
-def test_name_that_is_not_utf_8_is_a_name(tmp_path, loaded):
+def test_non_utf_8_name_is_accepted(tmp_path, loaded):
     root = write_corpus(tmp_path)
     (root / "go" / "09_nohash_0.wav").rename(os.fsdecode(os.fsencode(root / "go") + b"/09\xff.wav"))
     assert load_speech(SpeechSettings(), tmp_path, progress=False).hashes == loaded.hashes
 
 
-def test_recording_that_replaces_one_of_its_size_is_read(tmp_path):
+def test_recording_replaced_by_one_of_equal_size_is_read(tmp_path):
     root = write_corpus(tmp_path)
     before = load_speech(SpeechSettings(), tmp_path, progress=False)
     write_wav(root / "up" / "04_nohash_0.wav", clip_of("up", 77))
     after = load_speech(SpeechSettings(), tmp_path, progress=False)
-    assert len(set(before.hashes.items()) & set(after.hashes.items())) == 2  # in one split something changed
+    assert len(set(before.hashes.items()) & set(after.hashes.items())) == 2  # only one split changed
 
 
-def test_link_that_leads_nowhere_is_named(tmp_path):
+def test_error_names_a_dangling_link(tmp_path):
     root = write_corpus(tmp_path)
     (root / "up" / "77_nohash_0.wav").symlink_to(tmp_path / "gone.wav")
     with pytest.raises(DataError, match=r"cannot read '.*up/77_nohash_0\.wav': No such file"):
         load_speech(SpeechSettings(), tmp_path, progress=False)
 
 
-def test_copy_of_a_folder_that_cannot_be_written_is_kept_in_the_default_one(tmp_path, loaded, monkeypatch, caplog):
+def test_copy_of_a_read_only_folder_is_kept_in_the_default_one(tmp_path, loaded, monkeypatch, caplog):
     write_corpus(tmp_path / "data")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(files.os, "access", lambda path, mode: path != tmp_path / "data")  # root may write everything
+    monkeypatch.setattr(files.os, "access", lambda path, mode: path != tmp_path / "data")  # root may write everywhere
     assert load_speech(SpeechSettings(), tmp_path / "data", progress=False).hashes == loaded.hashes
     assert [path.name for path in (tmp_path / "data").iterdir()] == [NAME]
     assert re.search(
@@ -167,7 +167,7 @@ def test_another_seed_gives_other_splits(corpus, loaded):
     assert set(other.hashes.values()) & set(loaded.hashes.values()) == set()
 
 
-def test_hash_split_is_that_of_the_lists(corpus):
+def test_hash_split_follows_the_lists(corpus):
     made = load_speech(SpeechSettings(split="hash"), corpus, progress=False)
     assert [sorted({number % 10 for number in part.numbers.tolist()}) for part in made[:3]] == [
         [0, 1, 2, 4, 6, 7, 9],
@@ -186,7 +186,7 @@ def test_hash_split_without_the_lists_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("downsample", [1, 40])
-def test_samples_are_standardised_at_every_place_over_the_training_clips(corpus, downsample):
+def test_samples_are_standardised_per_position_over_the_training_clips(corpus, downsample):
     made = load_speech(SpeechSettings(downsample=downsample), corpus, progress=False)
     clips = load_clips(corpus, progress=False).samples.astype(np.float64) / 32_768
     short = (
@@ -207,7 +207,7 @@ def test_samples_are_standardised_at_every_place_over_the_training_clips(corpus,
             assert samples[::7].tolist() == pytest.approx(expected, abs=1e-5)
 
 
-def test_place_where_all_training_clips_are_silent_gives_finite_numbers(tmp_path):
+def test_position_where_all_training_clips_are_silent_gives_finite_samples(tmp_path):
     root = write_corpus(tmp_path)
     for path in root.rglob("0*_nohash_0.wav"):
         write_wav(path, np.concatenate([np.zeros(160), read_wav(path)[160:]]))
@@ -216,7 +216,7 @@ def test_place_where_all_training_clips_are_silent_gives_finite_numbers(tmp_path
     assert bool(torch.isfinite(made.test[0][0]).all())
 
 
-def test_hashes_are_those_of_the_recorded_numbers_and_the_classes(loaded, corpus):
+def test_hashes_cover_the_recorded_samples_and_classes(loaded, corpus):
     clips = load_clips(corpus, progress=False).samples
     for name, part in zip(SPLITS, loaded[:3], strict=True):
         content = b"".join(clips[number].tobytes() for number in part.numbers.tolist()) + bytes(
@@ -233,7 +233,7 @@ def test_shown_samples_are_the_recorded_ones_in_thousandths(loaded):
 
 
 def load_speech_clip(part, index):
-    """The recorded numbers of a clip of a split."""
+    """Recorded samples of a clip of a split."""
     return part.clips[int(part.numbers[index])].astype(np.float64)
 
 
@@ -248,23 +248,23 @@ def load_speech_clip(part, index):
         pytest.param({"channels": 2}, r"has 2 channel\(s\) of 16 bits at 16,000 Hz; expected", id="channels"),
     ],
 )
-def test_recording_of_another_format_is_named(tmp_path, settings, complaint):
+def test_error_names_a_recording_of_another_format(tmp_path, settings, complaint):
     root = write_corpus(tmp_path)
     write_wav(root / "left" / "04_nohash_0.wav", np.arange(16_000), **settings)
     with pytest.raises(DataError, match=r"left/04_nohash_0\.wav " + complaint):
         load_speech(SpeechSettings(), tmp_path, progress=False)
-    assert [path.name for path in tmp_path.glob(f"{NAME}-*/*")] == []  # no half of a copy
+    assert [path.name for path in tmp_path.glob(f"{NAME}-*/*")] == []  # no partial copy
 
 
 @pytest.mark.parametrize("size", [0, 3, 20, 43, 44, 1_001, 32_043], ids=lambda size: f"{size}-bytes")
-def test_truncated_recording_is_named(tmp_path, size):
+def test_error_names_a_truncated_recording(tmp_path, size):
     path = write_wav(tmp_path / "cut.wav", np.arange(16_000))
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(DataError, match=r"cut\.wav is .*truncated"):
         read_wav(path)
 
 
-def test_file_that_is_no_wav_and_file_that_is_not_there_are_named(tmp_path):
+def test_errors_name_a_file_that_is_not_wav_and_a_missing_file(tmp_path):
     (tmp_path / "text.wav").write_bytes(b"these are no samples of a sound, but it is long enough to be some")
     with pytest.raises(DataError, match=r"text\.wav is not a WAV file of plain samples, or it is truncated"):
         read_wav(tmp_path / "text.wav")
@@ -272,7 +272,7 @@ def test_file_that_is_no_wav_and_file_that_is_not_there_are_named(tmp_path):
         read_wav(tmp_path / "none.wav")
 
 
-def test_missing_word_is_named(tmp_path):
+def test_error_names_a_missing_word(tmp_path):
     root = write_corpus(tmp_path)
     shutil.rmtree(root / "stop")
     with pytest.raises(
@@ -281,7 +281,7 @@ def test_missing_word_is_named(tmp_path):
         load_speech(SpeechSettings(), tmp_path, progress=False)
 
 
-def test_word_with_short_clips_only_is_named(tmp_path):
+def test_error_names_a_word_with_only_short_clips(tmp_path):
     root = write_corpus(tmp_path)
     for path in (root / "go").glob("0*.wav"):
         path.unlink()
@@ -301,7 +301,7 @@ def test_too_few_clips_to_split_are_refused(tmp_path):
         load_speech(SpeechSettings(), tmp_path, progress=False)
 
 
-def test_archive_is_downloaded_only_where_asked_and_missing(tmp_path, monkeypatch):
+def test_archive_is_downloaded_only_on_request_and_if_missing(tmp_path, monkeypatch):
     calls = []
 
     def fetch(url, path, *, sha256, md5, most, progress):
@@ -328,12 +328,12 @@ def test_archive_is_downloaded_only_where_asked_and_missing(tmp_path, monkeypatc
         ({"source": "libri"}, "source='libri'"),
     ],
 )
-def test_impossible_settings_are_refused(settings, complaint):
+def test_invalid_settings_are_refused(settings, complaint):
     with pytest.raises(SpecError, match=complaint):
         SpeechSettings(**settings)
 
 
-def test_task_gives_batches_of_real_numbers_and_says_what_they_are(corpus):
+def test_task_gives_batches_of_real_numbers_with_classes_and_sample_rate(corpus):
     data = SpeechTask(data={"downsample": 10}).prepare(corpus, progress=False)
     batch = data.collate([data.test[number] for number in range(3)])
     assert (batch.inputs.shape, batch.inputs.dtype, bool(batch.valid.all())) == ((3, 1600), torch.float32, True)
@@ -341,7 +341,7 @@ def test_task_gives_batches_of_real_numbers_and_says_what_they_are(corpus):
     assert set(data.hashes) == set(SPLITS)
 
 
-def test_paper_preset_is_the_papers():
+def test_paper_preset_has_the_values_of_the_paper():
     spec = load_experiment("speech_paper")
     assert spec.model.num_parameters() == 298_841
     assert len(spec.model.layer_specs) == 8

@@ -1,4 +1,4 @@
-"""Synthetic words: the same for a seed, told apart by their melody."""
+"""Synthetic words are fixed by the seed and differ in pitch."""
 
 import numpy as np
 import torch
@@ -8,7 +8,7 @@ from sma.recipes.tasks.speech.synthetic import CLASSES as SYNTHETIC_CLASSES
 from sma.recipes.tasks.speech.synthetic import synthetic_clips
 
 
-def test_synthetic_clip_depends_on_the_seed_and_its_number_alone():
+def test_synthetic_clip_depends_only_on_the_seed_and_its_index():
     few, many, other = synthetic_clips(7, 3), synthetic_clips(12, 3), synthetic_clips(7, 4)
     assert np.array_equal(few, many[:7])
     assert not any(np.array_equal(one, two) for one, two in zip(few, other, strict=True))
@@ -16,8 +16,8 @@ def test_synthetic_clip_depends_on_the_seed_and_its_number_alone():
     assert synthetic_clips(0, 0).shape == (0, 16_000)
 
 
-def test_synthetic_words_are_told_apart_by_their_melody_not_by_their_loudness():
-    # The pitch at the peak of a spectrum is the oracle: a high tone has no strength at the pitch of a low one.
+def test_synthetic_words_differ_in_pitch():
+    # Oracle: the pitch at the peak of the spectrum, because a high tone has no energy at the pitch of a low one.
     clips = synthetic_clips(20, 0).astype(np.float64)
     spectrum = np.abs(np.fft.rfft(clips))  # one bin per Hz
     for number in range(20):
@@ -29,7 +29,7 @@ def test_synthetic_words_are_told_apart_by_their_melody_not_by_their_loudness():
             assert 130 < peak < 200, name
 
 
-def test_synthetic_data_says_so_in_its_classes_and_touches_no_global_random_state(tmp_path):
+def test_synthetic_data_has_its_own_class_names_and_keeps_the_global_random_state(tmp_path):
     before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()
     made = load_speech(SpeechSettings(source="synthetic", clips=100, downsample=160), tmp_path, progress=False)
     assert made.class_names == SYNTHETIC_CLASSES

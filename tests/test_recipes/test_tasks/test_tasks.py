@@ -1,4 +1,4 @@
-"""Tasks: where the data of a recipe comes from."""
+"""Tasks: their data, the models that they accept, and errors about missing data."""
 
 import re
 import sys
@@ -42,7 +42,7 @@ def test_every_position_of_a_sample_has_a_text(prepared):
         assert " ".join(texts) == decode(data.test[row][0])
 
 
-def test_data_of_other_settings_lies_beside_it(prepared):
+def test_data_of_other_settings_is_kept_in_another_folder(prepared):
     cache, data = prepared
     other = ListOpsTask(data={**DATA, "seed": 1}).prepare(cache, progress=False)
     assert other.hashes != data.hashes
@@ -50,7 +50,7 @@ def test_data_of_other_settings_lies_beside_it(prepared):
     assert ListOpsTask(data=DATA).prepare(cache, progress=False).hashes == data.hashes
 
 
-def test_unfinished_task_says_what_it_must_define(tmp_path):
+def test_error_of_an_unfinished_task_names_what_it_must_define(tmp_path):
     class Unfinished(ClassificationTask):
         kind: str = "unfinished"
 
@@ -60,12 +60,12 @@ def test_unfinished_task_says_what_it_must_define(tmp_path):
         Unfinished().prepare(tmp_path)
 
 
-def test_impossible_data_is_refused_before_anything_is_generated():
+def test_invalid_data_settings_are_refused_at_construction():
     with pytest.raises(SpecError, match="no length lies between min_length=3 and max_length=4"):
         ListOpsTask(data={**DATA, "max_length": 4})
 
 
-def test_digits_in_the_place_of_photographs_are_enlarged_and_keep_their_test_images(tmp_path):
+def test_digits_as_images_are_enlarged_and_keep_their_test_split(tmp_path):
     data = ImageTask(data={"source": "digits", "validation": 180}).prepare(tmp_path)
     assert data.class_names == tuple("0123456789")
     assert [len(split) for split in (data.train, data.validation, data.test)] == [1258, 180, 359]
@@ -79,7 +79,7 @@ def test_digits_in_the_place_of_photographs_are_enlarged_and_keep_their_test_ima
     assert len(set(data.hashes.values())) == 3
 
 
-def test_validation_share_of_the_photographs_is_too_large_for_the_digits(tmp_path):
+def test_default_validation_size_of_cifar_is_too_large_for_digits(tmp_path):
     with pytest.raises(
         DataError, match="validation=5000 leaves none of the 1438 training images to train on; lower it"
     ):
@@ -87,7 +87,7 @@ def test_validation_share_of_the_photographs_is_too_large_for_the_digits(tmp_pat
 
 
 @pytest.mark.parametrize("task", ALL)
-def test_tasks_are_kinds_that_survive_saving(task):
+def test_tasks_are_registered_kinds_that_round_trip(task):
     made = load_experiment(f"{task}_tiny").task
     assert kinds("task")[task] is type(made)
     assert load_spec(dump_spec(made), family="task") == made
@@ -114,16 +114,16 @@ def test_model_with_other_classes_is_refused(task):
         load_experiment(dump_spec(load_experiment(f"{task}_tiny")), ["head.classes=99"])
 
 
-def what_is_missing(task, folder, settings):
-    """What a task says without data, and the settings that it advises."""
+def missing_data_error(task, folder, settings):
+    """Error message of a task without data, and the settings that it advises."""
     with pytest.raises(DataError) as caught:
         load_experiment(f"{task}_paper", settings).task.prepare(folder, progress=False)
     return str(caught.value), re.findall(r"[\w.]+=[a-z]\w*", str(caught.value))
 
 
-def test_advice_beside_the_pickled_photographs_can_be_followed(tmp_path):
+def test_advice_next_to_pickled_cifar_can_be_followed(tmp_path):
     (tmp_path / "cifar-10-python.tar.gz").touch()
-    _, advice = what_is_missing("image", tmp_path, [])
+    _, advice = missing_data_error("image", tmp_path, [])
     assert load_experiment("image_paper", advice).task.data.download
 
 
@@ -147,11 +147,11 @@ def test_missing_data_is_described_with_advice_that_can_be_followed(task, settin
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(published, "fetch", fetch)
     monkeypatch.setattr(text, "fetch", fetch)
-    said, advice = what_is_missing(task, tmp_path, settings)
+    said, advice = missing_data_error(task, tmp_path, settings)
     assert re.search(complaint, said)
     assert list(tmp_path.iterdir()) == []
     (download,) = [setting for setting in advice if setting.endswith("download=true")]
-    asked, _ = what_is_missing(task, tmp_path, [*settings, download])
+    asked, _ = missing_data_error(task, tmp_path, [*settings, download])
     assert asked.removeprefix("asked for ") in said
     for setting in set(advice) - {download}:
         before, after = (load_experiment(f"{task}_paper", chosen) for chosen in (settings, [*settings, setting]))
@@ -171,10 +171,10 @@ def no_route(*arguments, **keywords):
         pytest.param(SimpleNamespace(load_dataset=no_route), "from the Hub: no route; check the", id="no network"),
     ],
 )
-def test_advice_where_the_hub_cannot_be_had_can_be_followed(task, module, complaint, tmp_path, monkeypatch):
+def test_advice_without_access_to_the_hub_can_be_followed(task, module, complaint, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", module)
     hub = "task.data.source=hub"
-    said, advice = what_is_missing(task, tmp_path, [hub])
+    said, advice = missing_data_error(task, tmp_path, [hub])
     assert re.search(complaint, said)
     (instead,) = set(advice) - {hub}
     assert load_experiment(f"{task}_paper", [instead]).task == load_experiment(f"{task}_paper").task

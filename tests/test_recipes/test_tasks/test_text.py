@@ -1,4 +1,4 @@
-"""Byte corpora: splits, hashes, enwik8 in a file and in a zip, and what is said about files that will not do."""
+"""Byte corpora: splits, hashes, enwik8 as a file and as a zip, and errors about unsuitable files."""
 
 import hashlib
 import os
@@ -24,7 +24,7 @@ WIKI = random.Random(0).randbytes(SMALL)
 
 @pytest.fixture
 def small_enwik8(monkeypatch):
-    """An enwik8 of 2,000 bytes: its size and its hash are the only things that the code knows of it."""
+    """Expect an enwik8 of 2,000 bytes: the code checks only its size and its hash."""
     monkeypatch.setattr(text, "ENWIK8_BYTES", SMALL)
     monkeypatch.setattr(text, "ENWIK8_SHA256", hashlib.sha256(WIKI).hexdigest())
 
@@ -64,7 +64,7 @@ def test_splits_are_the_text_in_order(tmp_path, content, held_out, validation):
 
 
 @given(content=st.binary(min_size=40, max_size=80), other=st.binary(min_size=40, max_size=80))
-def test_same_bytes_have_the_same_hash_and_others_another(tmp_path, content, other):
+def test_hash_depends_only_on_the_bytes(tmp_path, content, other):
     hashes = [
         load_text(write(tmp_path / name, data)).sha256
         for name, data in [("one", content), ("two", content), ("three", other)]
@@ -73,7 +73,7 @@ def test_same_bytes_have_the_same_hash_and_others_another(tmp_path, content, oth
     assert (hashes[2] == hashes[0]) == (other == content)
 
 
-def test_text_that_comes_with_python():
+def test_default_text_comes_with_python():
     corpus = load_text()
     content = joined(corpus)
     assert content == python_text()
@@ -85,7 +85,7 @@ def test_text_that_comes_with_python():
     assert "import" in content.decode()
 
 
-def test_text_that_comes_with_python_does_not_depend_on_the_order_of_its_pages(monkeypatch):
+def test_default_text_does_not_depend_on_the_order_of_its_pages(monkeypatch):
     from pydoc_data.topics import topics
 
     expected = python_text()
@@ -94,12 +94,12 @@ def test_text_that_comes_with_python_does_not_depend_on_the_order_of_its_pages(m
 
 
 @pytest.mark.skipif(platform.python_version() != "3.11.7", reason="the hash is that of Python 3.11.7")
-def test_bytes_of_the_text_of_a_python_never_change():
+def test_default_text_of_a_python_version_never_changes():
     settings = PYTHON_TEXT.replace(sha256="2a95af4ac93f5b719944030ce3769070ddf827d847cba42192afa8da989e5dc4")
     assert sizes(load_text(settings)) == [396_265, 23_310, 46_620]
 
 
-def test_python_without_help_pages_is_told(monkeypatch):
+def test_python_without_help_pages_gives_an_error_message(monkeypatch):
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
     with pytest.raises(
         DataError,
@@ -119,7 +119,7 @@ def test_zip_equals_file(tmp_path):
 
 
 @pytest.mark.usefixtures("small_enwik8")
-def test_enwik8_is_cut_otherwise_where_it_is_asked_for(tmp_path):
+def test_splits_of_enwik8_follow_the_settings(tmp_path):
     settings = write(tmp_path / "enwik8", WIKI).replace(held_out=0.1, validation=0.2)
     assert sizes(load_text(settings)) == [1_400, 400, 200]
 
@@ -130,7 +130,7 @@ def test_whole_enwik8_has_the_splits_of_the_literature(tmp_path, monkeypatch):
     assert sizes(corpus) == [90_000_000, 5_000_000, 5_000_000]
 
 
-def test_path_may_be_relative_or_start_at_home(tmp_path, monkeypatch):
+def test_path_may_be_relative_or_start_with_the_home_folder(tmp_path, monkeypatch):
     write(tmp_path / "mine.txt", WIKI)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -140,7 +140,7 @@ def test_path_may_be_relative_or_start_at_home(tmp_path, monkeypatch):
         assert (corpus.name, joined(corpus)) == ("mine.txt", WIKI)
 
 
-def test_hash_that_is_asked_for_is_checked(tmp_path):
+def test_requested_hash_is_checked(tmp_path):
     settings = write(tmp_path / "mine.txt", WIKI)
     found, other = hashlib.sha256(WIKI).hexdigest(), "0" * 64
     assert load_text(settings.replace(sha256=found)).sha256 == found
@@ -165,7 +165,7 @@ def test_every_split_has_its_hash(tmp_path):
 @pytest.mark.parametrize("kept", ["enwik8", "enwik8.zip"])
 @pytest.mark.parametrize("asked", ["enwik8", "enwik8.zip"])
 @pytest.mark.usefixtures("small_enwik8")
-def test_enwik8_is_found_in_the_data_folder_whether_it_is_packed_or_not(tmp_path, monkeypatch, kept, asked):
+def test_enwik8_is_found_in_the_data_folder_zipped_or_not(tmp_path, monkeypatch, kept, asked):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
     write_zip(tmp_path / "data" / kept, {"enwik8": WIKI}) if kept.endswith("zip") else write(
@@ -175,7 +175,7 @@ def test_enwik8_is_found_in_the_data_folder_whether_it_is_packed_or_not(tmp_path
     assert (joined(corpus), corpus.name) == (WIKI, "enwik8")
 
 
-def test_file_of_the_working_folder_goes_before_that_of_the_data_folder(tmp_path, monkeypatch):
+def test_working_folder_takes_precedence_over_the_data_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data" / "books").mkdir(parents=True)
     (tmp_path / "books").mkdir()
@@ -187,7 +187,7 @@ def test_file_of_the_working_folder_goes_before_that_of_the_data_folder(tmp_path
 
 
 @pytest.mark.usefixtures("small_enwik8")
-def test_enwik8_is_downloaded_where_asked_and_missing(tmp_path, monkeypatch):
+def test_enwik8_is_downloaded_on_request_if_missing(tmp_path, monkeypatch):
     calls = []
 
     def fetch(url, path, **keywords):
@@ -207,7 +207,7 @@ def test_enwik8_is_downloaded_where_asked_and_missing(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("content", [pytest.param(b"", id="empty"), pytest.param(b"short", id="short")])
-def test_text_too_short_to_be_cut_is_refused(tmp_path, content):
+def test_text_too_short_to_split_is_refused(tmp_path, content):
     with pytest.raises(
         DataError,
         match=f"mine.txt has {len(content)} bytes, which gives .* for test; at least 2 each are required: give a",
@@ -215,7 +215,7 @@ def test_text_too_short_to_be_cut_is_refused(tmp_path, content):
         load_text(write(tmp_path / "mine.txt", content))
 
 
-def test_missing_file_says_where_it_was_looked_for(tmp_path, monkeypatch):
+def test_error_of_a_missing_file_lists_the_searched_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
         DataError,
@@ -247,7 +247,7 @@ def test_part_of_enwik8_is_refused(tmp_path, name):
 
 
 @pytest.mark.usefixtures("small_enwik8")
-def test_other_bytes_under_the_name_of_enwik8_are_refused(tmp_path):
+def test_other_bytes_named_enwik8_are_refused(tmp_path):
     with pytest.raises(
         DataError,
         match=r"enwik8 in .* has the SHA-256 [0-9a-f]+; that of enwik8 is [0-9a-f]+: download it again, or give",
@@ -269,7 +269,7 @@ def test_zip_without_enwik8_is_refused(tmp_path, members, held):
         load_text(write_zip(tmp_path / "mine.zip", members))
 
 
-def test_file_that_is_no_zip_is_refused(tmp_path):
+def test_file_that_is_not_a_zip_is_refused(tmp_path):
     with pytest.raises(
         DataError,
         match=r"enwik8 in .*mine.zip cannot be read: File is not a zip file; the zip is damaged or of another kind",
@@ -278,7 +278,7 @@ def test_file_that_is_no_zip_is_refused(tmp_path):
 
 
 def bomb(path, claimed=None):
-    """A zip of a few kilobytes with an enwik8 of 500,000,000 zeros, or one that says that it has another size."""
+    """A small zip with an enwik8 of 500,000,000 zeros; its headers state the size `claimed`, if given."""
     with (
         zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
         archive.open("enwik8", "w") as member,
@@ -301,7 +301,7 @@ def test_zip_that_holds_more_than_enwik8_is_refused_before_it_is_unpacked(tmp_pa
 
 
 @pytest.mark.usefixtures("small_enwik8")
-def test_zip_that_says_too_little_is_read_no_further_than_that(tmp_path):
+def test_zip_with_a_false_size_is_read_only_up_to_that_size(tmp_path):
     with pytest.raises(
         DataError, match=r"enwik8 in .*enwik8.zip cannot be read: Bad CRC-32 for file 'enwik8'; the zip is damaged"
     ):
@@ -319,9 +319,9 @@ def test_devices_and_pipes_are_refused_at_once(tmp_path, name):
         load_text(TextSettings(file=str(tmp_path / name)))
 
 
-def test_text_that_no_memory_holds_is_refused_before_it_is_read(tmp_path):
+def test_text_larger_than_memory_is_refused_before_reading(tmp_path):
     with (tmp_path / "mine.txt").open("wb") as file:
-        file.truncate(1 << 43)  # of which the disk keeps nothing
+        file.truncate(1 << 43)  # a sparse file
     with pytest.raises(
         DataError, match=r"the text .*mine.txt needs 8,796,093,022,208 bytes .*, and .* are free; give a shorter one"
     ):
@@ -341,7 +341,7 @@ def test_text_that_no_memory_holds_is_refused_before_it_is_read(tmp_path):
         ),
     ],
 )
-def test_names_that_no_file_can_have_are_refused(name, complaint):
+def test_invalid_file_names_are_refused(name, complaint):
     with pytest.raises(DataError, match=complaint) as caught:
         load_text(TextSettings(file=name))
     assert len(str(caught.value)) < 500
@@ -392,6 +392,6 @@ def test_damaged_zip_is_refused(tmp_path):
         pytest.param({"file": ""}, "file='': .*; file: a local text file, enwik8 or enwik8.zip", id="no-name"),
     ],
 )
-def test_impossible_settings_are_refused(fields, complaint):
+def test_invalid_settings_are_refused(fields, complaint):
     with pytest.raises(SpecError, match=complaint):
         TextSettings(**fields)

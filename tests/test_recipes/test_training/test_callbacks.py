@@ -93,7 +93,7 @@ def test_every_change_of_a_router_is_reported_once(new_warnings):
     ],
 )
 @pytest.mark.parametrize("rate", [0.0, 1.0])
-def test_routers_of_a_fixed_rate_are_not_watched(new_warnings, router: RouterSpec, rate: float):
+def test_routers_with_a_fixed_rate_are_not_watched(new_warnings, router: RouterSpec, rate: float):
     _watch(RouterHealth([router]), [rate])
     assert new_warnings() == []
 
@@ -120,13 +120,13 @@ def test_run_warns_of_a_dead_router(data, tmp_path, new_warnings, monkeypatch):
     ]
 
 
-def test_random_states_come_back_when_the_training_starts(tmp_path):
+def test_random_states_are_restored_at_the_start_of_the_training(tmp_path):
     torch.manual_seed(5)
     torch.save(RandomStates().state_dict(), tmp_path / "states")
     expected = torch.rand(3)
     restored = RandomStates()
     restored.load_state_dict(torch.load(tmp_path / "states", weights_only=True))
-    torch.manual_seed(9)  # building and evaluating draw numbers in between
+    torch.manual_seed(9)  # building and evaluating the model draw random numbers in between
     restored.on_train_start(None, None)
     assert torch.equal(torch.rand(3), expected)
 
@@ -219,7 +219,7 @@ def test_last_checkpoint_is_the_last_evaluation_even_when_it_was_not_the_best(da
     [(7, [3, 6, 7]), (6, [3, 6]), (2, [2])],
     ids=["something-left", "nothing-left", "fewer-than-one"],
 )
-def test_last_update_is_evaluated_whatever_is_left_over(data, tmp_path, updates, evaluations, monkeypatch):
+def test_last_update_is_always_evaluated(data, tmp_path, updates, evaluations, monkeypatch):
     seen = []
     monkeypatch.setattr(
         RouterHealth, "on_validation_end", lambda self, trainer, module: seen.append(trainer.global_step)

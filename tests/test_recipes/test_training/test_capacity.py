@@ -19,11 +19,11 @@ from tests.test_recipes.tiny import metrics_of, tiny, train
 
 
 @pytest.mark.parametrize("capacity", [0.1, 0.2, 1.0])
-def test_overflow_is_what_the_capacity_left_out(data: TaskData, capacity: float) -> None:
+def test_overflow_counts_the_active_tokens_beyond_the_capacity(data: TaskData, capacity: float) -> None:
     spec = tiny(training__capacity=capacity)
     model = build(spec.model, seed=0).eval()
     for router in routers_of(model):
-        router.score_bias.fill_(0.01)  # more than a half of the tokens
+        router.score_bias.fill_(0.01)  # activates more than half of the tokens
     batch = data.collate([data.train[number] for number in range(8)])
     limits = spec.training.capacity_at(0, [("attention",)] * 2)
     assert limits == {"attention": PerBatch(capacity)}
@@ -31,7 +31,7 @@ def test_overflow_is_what_the_capacity_left_out(data: TaskData, capacity: float)
     left_out = 0
     for layer, decision in enumerate(output.decisions):
         kept = decision.active
-        # The router's own decisions: the layers before it with their limits, this one without.
+        # The decisions of this router without a limit, after the limited decisions of the layers before it.
         replayed = [each.active for each in output.decisions[:layer]]
         own = model(
             batch.inputs, batch.valid, decisions=[*replayed, *[each.active for each in output.decisions[layer:]]]
@@ -50,7 +50,7 @@ def test_overflow_is_what_the_capacity_left_out(data: TaskData, capacity: float)
     assert overflow_of(model(batch.inputs, batch.valid).decisions) is None
 
 
-def test_overflow_of_a_run_is_that_of_its_updates(
+def test_overflow_of_a_run_is_the_sum_over_its_updates(
     data: TaskData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[int, int]] = []
@@ -86,7 +86,7 @@ def test_the_capacity_follows_the_budget() -> None:
     assert all(share >= min(1.0, 1.5 * budget.scheduled(0.4, update)) - 1e-12 for update, share in enumerate(at))
 
 
-def test_what_no_budget_holds_has_a_slot_for_every_token() -> None:
+def test_capacity_multiplies_the_budgeted_rate_or_one() -> None:
     layers = [("attention", "mlp"), ("attention",)]
     shares: Callable[..., Any] = lambda **settings: {  # noqa: E731
         name: each.tokens for name, each in cast(Any, tiny(**settings).training.capacity_at(20, layers)).items()
@@ -120,7 +120,7 @@ def test_a_run_warns_of_many_skipped_tokens(
 
 
 @pytest.mark.parametrize("setting", ["training__capacity", "training__graph"])
-def test_a_module_that_gives_no_capacity_is_refused(setting: str) -> None:
+def test_a_training_module_without_capacity_support_is_refused(setting: str) -> None:
     spec = tiny(**{setting: "true" if setting.endswith("graph") else 0.5})
     message = "TrainingModule gives its model no capacity: derive it from ScoredModule, or leave training.capacity"
     with pytest.raises(SpecError, match=re.escape(message)):

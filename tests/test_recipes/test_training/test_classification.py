@@ -1,4 +1,4 @@
-"""Classification: accuracy against loops, inputs that are not finite, and the batches of a training and of a split."""
+"""Classification: accuracy against loops, non-finite inputs, and the batches of a training and of a split."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def _scored(layers, split):
     scores, right, samples = Scores("accuracy", Average(torch.int64), layers), 0, 0
     for seed, (decisions, valid) in enumerate(batches(layers)):
         logits = torch.randn(valid.shape[0], 10, generator=generator(70 + seed))
-        # Every second answer is right.
+        # Every second answer is correct.
         targets = torch.where(torch.arange(valid.shape[0]) % 2 == 0, logits.argmax(-1), (logits.argmax(-1) + 1) % 10)
         scores.add(_measures(decisions, valid, (logits.argmax(-1) == targets).sum(), len(targets)))
         right += sum(int(row.argmax()) == int(target) for row, target in zip(logits, targets, strict=True))
@@ -33,7 +33,7 @@ def _scored(layers, split):
     return scores, scores.compute(split), right / samples
 
 
-def test_accuracy_is_the_share_of_right_answers():
+def test_accuracy_is_the_share_of_correct_answers():
     scores, measures, share = _scored(LAYERS, "val")
     assert measures["val_accuracy"] == pytest.approx(share, abs=1e-7)
     rates = [value for name, value in measures.items() if name.startswith("val_rate/")]
@@ -41,7 +41,7 @@ def test_accuracy_is_the_share_of_right_answers():
     assert measures["val_rate"] == pytest.approx(sum(rates) / 5)
     decisions, valid = next(batches(LAYERS))
     scores.add(_measures(decisions, valid, torch.tensor(2), 3))
-    assert scores.compute("val")["val_accuracy"] == pytest.approx(2 / 3)  # nothing is left of the first split
+    assert scores.compute("val")["val_accuracy"] == pytest.approx(2 / 3)  # without the first split
 
 
 def test_model_without_routers_has_no_rates():
@@ -55,13 +55,13 @@ def _numbers(bad, sample, position):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_batch_with_a_number_that_is_none_names_sample_and_position(bad):
+def test_error_for_a_non_finite_input_names_sample_and_position(bad):
     complaint = f"the batch of update 7 has {bad} in sample 2 at position 3; inputs must be finite numbers"
     with pytest.raises(DataError, match=complaint):
         check_finite(_numbers(bad, 2, 3), 7)
 
 
-def test_features_are_checked_too():
+def test_features_are_checked_for_finite_values():
     batch = collate([(torch.ones(4), 0), (torch.ones(3), 1)])
     inputs = batch.inputs[..., None].expand(-1, -1, 3).clone()
     inputs[1, 2, 1] = float("nan")
@@ -75,7 +75,7 @@ def test_finite_numbers_and_ids_pass():
 
 
 class _Numbers:
-    """A split of real numbers, of which some are none."""
+    """A split of real numbers; the sample `bad` has a NaN."""
 
     def __init__(self, samples, bad=None):
         self.items = [
@@ -93,7 +93,7 @@ class _Numbers:
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
-def test_bad_number_in_the_data_stops_the_run(tmp_path, split):
+def test_non_finite_input_stops_the_run(tmp_path, split):
     bad = {split: 5}
     splits = [_Numbers(16, bad.get(name)) for name in ("train", "validation", "test")]
     data = TaskData(*splits, {}, collate, lambda numbers: [f"{number:.1f}" for number in numbers.tolist()])
@@ -107,14 +107,14 @@ def test_bad_number_in_the_data_stops_the_run(tmp_path, split):
     assert not (tmp_path / "summary.json").exists()
 
 
-def test_evaluation_looks_at_every_sample_once(data):
+def test_evaluation_uses_every_sample_once(data):
     loader = Classification(tiny().task, data).evaluation_batches("test")
     assert sum(len(batch.targets) for batch in loader) == len(data.test)
     lengths: Tensor = torch.cat([batch.valid.sum(1) for batch in loader])
     assert torch.equal(lengths, data.test.lengths.sort().values)
 
 
-def test_training_batches_begin_after_the_updates_that_are_done(data):
+def test_training_batches_start_after_the_finished_updates(data):
     objective = Classification(tiny().task, data)
     whole = list(objective.training_batches(tiny().training, 0))
     rest = list(objective.training_batches(tiny().training, 0, 18))

@@ -11,25 +11,25 @@ from tests.test_recipes.tiny import tiny, train
 
 @pytest.fixture
 def none(monkeypatch):
-    """A machine with a CPU alone."""
+    """A machine with only a CPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
 
 
 @pytest.mark.parametrize("name", ["cuda", "mps"])
-def test_device_that_is_not_there_is_refused(none, name):
+def test_missing_device_is_refused(none, name):
     with pytest.raises(SpecError, match=rf"--accelerator {name}: torch finds no such device.*; available: cpu$"):
         device_of(name)
     assert device_of("auto") == device_of("cpu") == "cpu"
 
 
 @pytest.mark.parametrize("name", ["gpu", "tpu", "", "x" * 10_000])
-def test_device_that_does_not_exist_is_refused(name):
+def test_unknown_device_is_refused(name):
     with pytest.raises(SpecError, match=r"^unknown accelerator '.{0,120}; give one of auto, cpu, cuda, mps$"):
         device_of(name)
 
 
-def test_automatic_device_is_the_fastest_there_is(monkeypatch):
+def test_automatic_device_is_the_fastest_available(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert device_of("auto") == "mps"
@@ -37,7 +37,7 @@ def test_automatic_device_is_the_fastest_there_is(monkeypatch):
     assert device_of("auto") == "cuda"
 
 
-def test_precision_that_the_device_cannot_do_is_refused(none, monkeypatch):
+def test_precision_that_the_device_does_not_support_is_refused(none, monkeypatch):
     with pytest.raises(
         SpecError, match=r"precision=16-mixed needs a GPU, and the run is on the CPU; set precision=bf16-mixed or"
     ):
@@ -60,7 +60,7 @@ def test_precision_that_the_device_cannot_do_is_refused(none, monkeypatch):
         pytest.param(["--set", "precision=16-mixed"], "error: precision=16-mixed needs a GPU", id="precision"),
     ],
 )
-def test_command_refuses_it_before_a_folder_is_made(none, tmp_path, capsys, monkeypatch, options, complaint):
+def test_command_refuses_the_device_before_creating_a_folder(none, tmp_path, capsys, monkeypatch, options, complaint):
     monkeypatch.chdir(tmp_path)
     for more in ([], ["--out", str(tmp_path / "run")]):
         assert main(["--data", str(tmp_path / "data"), *options, *more]) == 2
@@ -70,7 +70,7 @@ def test_command_refuses_it_before_a_folder_is_made(none, tmp_path, capsys, monk
     assert list(tmp_path.iterdir()) == []
 
 
-def test_run_refuses_it_before_a_folder_is_made(none, data, tmp_path):
+def test_run_refuses_the_device_before_creating_a_folder(none, data, tmp_path):
     with pytest.raises(SpecError, match="--accelerator cuda: torch finds no such device"):
         train(tiny(), tmp_path / "run", data, accelerator="cuda")
     assert not (tmp_path / "run").exists()

@@ -33,7 +33,7 @@ def test_unshard_undoes_shard(share: int, size: int, shape: list[int]) -> None:
     assert torch.equal(unshard([DistributedContext(rank, size).shard(rows) for rank in range(size)]), rows)
 
 
-def test_zeros_fill_up_the_smaller_shards() -> None:
+def test_unshard_pads_smaller_shards_with_zeros() -> None:
     assert unshard([torch.tensor([[1], [3]]), torch.tensor([[2, 5], [4, 6]])]).tolist() == [
         [1, 0],
         [2, 5],
@@ -50,7 +50,7 @@ def test_a_single_process_takes_all_and_is_rank_zero() -> None:
 
 @pytest.mark.parametrize("start", [0, 5])
 @pytest.mark.parametrize("size", [2, 3, 6])
-def test_samples_of_an_update_are_those_of_one_process(size: int, start: int) -> None:
+def test_ranks_share_the_samples_of_one_process(size: int, start: int) -> None:
     lengths = torch.randint(1, 30, (40,), generator=torch.Generator().manual_seed(1))
     whole = list(UpdateSampler(lengths, 6, 12, 7, start, 2))
     parts = [list(UpdateSampler(lengths, 6, 12, 7, start, 2, DistributedContext(rank, size))) for rank in range(size)]
@@ -75,7 +75,7 @@ def test_a_batch_that_does_not_divide_is_refused(samples: int, batch_size: int, 
 
 
 class Lengths:
-    """A split of which only the lengths are real."""
+    """A split with the given lengths and placeholder contents."""
 
     def __init__(self, lengths: torch.Tensor) -> None:
         self.lengths = lengths
@@ -89,14 +89,14 @@ class Lengths:
 
 @pytest.mark.parametrize("samples", [4, 5, EVALUATION_BATCH, 2 * EVALUATION_BATCH + 1])
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_evaluation_looks_at_every_sample_once_in_as_many_batches_everywhere(
+def test_evaluation_uses_every_sample_once_in_equally_many_batches_per_rank(
     samples: int, size: int, data: TaskData
 ) -> None:
     split = Lengths(torch.randint(1, 9, (samples,), generator=torch.Generator().manual_seed(samples)))
     objective = Classification(ListOpsTask(), data._replace(test=split))
     loaders = [objective.evaluation_batches("test", DistributedContext(rank, size)) for rank in range(size)]
     batches = [list(loader) for loader in loaders]
-    assert len({len(found) for found in batches}) == 1  # those who have fewer would leave the others waiting
+    assert len({len(found) for found in batches}) == 1  # the other ranks would wait for one with fewer batches
     assert sorted(int(target) for found in batches for batch in found for target in batch.targets) == list(
         range(samples)
     )

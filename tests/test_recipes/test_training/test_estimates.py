@@ -1,6 +1,4 @@
-"""Experiments that cannot fit are refused before anything is allocated, downloaded or generated; those that fit are
-not.
-"""
+"""Experiments that do not fit are refused before anything is allocated, downloaded or generated."""
 
 import shutil
 from types import SimpleNamespace
@@ -85,8 +83,8 @@ def test_optimiser_of_a_large_model_is_refused():
         check_update_fits(spec)
 
 
-def test_no_more_samples_than_there_are_make_a_batch():
-    check_update_fits(tiny(training__batch_size=HUGE))  # of 120 expressions
+def test_batch_is_limited_by_the_number_of_samples():
+    check_update_fits(tiny(training__batch_size=HUGE))  # the data has 120 expressions
 
 
 def test_every_preset_fits(tmp_path):
@@ -97,7 +95,7 @@ def test_every_preset_fits(tmp_path):
             check_update_fits(spec)
 
 
-def test_disk_counts_for_what_lies_on_it(tmp_path, monkeypatch):
+def test_data_on_disk_is_compared_with_the_disk_size(tmp_path, monkeypatch):
     spec = load_experiment("pathfinder_tiny", ["task.data.train=10000"])
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=1_000_000))
     with pytest.raises(
@@ -115,7 +113,7 @@ def test_disk_counts_for_what_lies_on_it(tmp_path, monkeypatch):
         pytest.param(speech, f"training.batch_size={HUGE}", id="speech"),
     ],
 )
-def test_command_refuses_in_a_line_and_makes_nothing(tmp_path, capsys, monkeypatch, command, setting):
+def test_command_refuses_in_one_line_and_creates_nothing(tmp_path, capsys, monkeypatch, command, setting):
     monkeypatch.chdir(tmp_path)
     assert command(["--set", setting, "--data", str(tmp_path / "data")]) == 2
     printed = capsys.readouterr().err
@@ -124,7 +122,7 @@ def test_command_refuses_in_a_line_and_makes_nothing(tmp_path, capsys, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_run_refuses_too(data, tmp_path, monkeypatch):
+def test_run_refuses_an_update_that_does_not_fit(data, tmp_path, monkeypatch):
     monkeypatch.setattr("sma.memory.free_memory", lambda _=None: 1)
     with pytest.raises(SpecError, match="one update needs"):
         train(tiny(training__batch_size=10**8, task__data__train=10**8), tmp_path / "run", data)

@@ -18,7 +18,7 @@ from sma.recipes.training.resuming import changed
 
 @pytest.fixture
 def run(finished, data, tmp_path, monkeypatch):
-    """A copy of a finished run, whose data is made already."""
+    """A copy of a finished run whose data is already prepared."""
     monkeypatch.setattr(ListOpsTask, "prepare", lambda self, folder, progress=True: data)
     shutil.copytree(finished[0], tmp_path / "run")
     return tmp_path / "run"
@@ -28,7 +28,7 @@ def _options(**settings):
     return Options(accelerator="cpu", progress=False, **settings)
 
 
-def test_recorded_figures_come_out_to_the_last_bit(run, finished, capsys):
+def test_recorded_results_are_reproduced_bit_for_bit(run, finished, capsys):
     result = evaluate(run, _options())
     assert result["reproduced"]
     assert (result["test_accuracy"], result["test_loss"]) == tuple(
@@ -55,7 +55,7 @@ def test_confusion_and_accuracy_per_class_equal_a_loop_over_the_answers(run, dat
     assert result["per_class"] == {str(k): counts[k][k] / sum(counts[k]) if any(counts[k]) else None for k in range(10)}
 
 
-def test_training_writes_what_an_evaluation_writes(run, finished):
+def test_training_writes_the_results_of_an_evaluation(run, finished):
     before = json.loads((run / "evaluation.json").read_text())
     again = evaluate(run, _options())
     assert before == {name: again[name] for name in before}
@@ -94,7 +94,7 @@ def test_hashes_are_compared_by_name():
 
 
 @pytest.mark.parametrize("name", ["experiment.yaml", "summary.json"])
-def test_run_that_is_not_finished_is_refused(run, name):
+def test_unfinished_run_is_refused(run, name):
     (run / name).unlink()
     with pytest.raises(
         CheckpointError,
@@ -121,7 +121,7 @@ def test_damaged_summary_is_refused(run):
         ["--preset", "tiny"],
     ],
 )
-def test_evaluation_takes_the_run_as_it_is(run, arguments, capsys):
+def test_evaluation_refuses_options_that_would_change_the_run(run, arguments, capsys):
     assert main(["--evaluate", str(run), *arguments]) == 2
     expected = f"error: --evaluate tests the run as it was; leave {arguments[0]} out\n"
     assert capsys.readouterr().err == expected

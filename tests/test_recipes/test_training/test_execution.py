@@ -1,4 +1,4 @@
-"""How a training uses its device changes no batch, and nothing of torch that outlives the training."""
+"""Device settings of a training change no batch, and no global state of torch after the training."""
 
 import os
 
@@ -26,7 +26,7 @@ def test_batches_are_prepared_as_the_device_needs_them(monkeypatch, device, sett
     assert (loader.num_workers, loader.pin_memory) == (workers, pinned)
 
 
-def test_one_core_prepares_batches_itself(monkeypatch):
+def test_a_single_core_uses_no_worker_processes(monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     assert for_device(DataLoader(range(4)), tiny().training, "cuda").num_workers == 0
 
@@ -35,14 +35,14 @@ def test_one_core_prepares_batches_itself(monkeypatch):
     ("device", "settings", "inside"),
     [("cuda", {}, True), ("cuda", {"training__tf32": "false"}, False), ("cpu", {}, False), ("mps", {}, False)],
 )
-def test_products_are_rounded_on_cuda_inside_the_block_alone(device, settings, inside):
+def test_tf32_is_enabled_on_cuda_only_inside_the_block(device, settings, inside):
     before = torch.backends.cuda.matmul.allow_tf32
     with product_precision(tiny(**settings).training, device):
         assert torch.backends.cuda.matmul.allow_tf32 is (inside or before)
     assert torch.backends.cuda.matmul.allow_tf32 is before
 
 
-def test_any_number_of_workers_gives_the_same_run_resumed_or_not(finished, data, tmp_path):
+def test_any_number_of_workers_gives_the_same_run_even_if_resumed(finished, data, tmp_path):
     out, _ = finished
     spec = tiny(training__workers=2)
     with power_failure(13):

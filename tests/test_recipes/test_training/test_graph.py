@@ -58,7 +58,7 @@ def _trained(
         pytest.param({"layers__layer__norm": "{kind: batch_norm, place: pre}"}, id="batch-norm"),
     ],
 )
-def test_recorded_updates_are_the_eager_ones(
+def test_recorded_updates_equal_eager_ones(
     data: TaskData,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -70,7 +70,7 @@ def test_recorded_updates_are_the_eager_ones(
     recorded = _trained(spec, tmp_path / "recorded", data, monkeypatch)
     assert [tape.recordings > 0 for tape in tapes] == [False, True]
     assert tapes[1].replays >= 9
-    assert tapes[1].asked <= {"_local_scalar_dense"}  # a CPU looks for NaN, because it may
+    assert tapes[1].asked <= {"_local_scalar_dense"}  # on a CPU, the check for NaN reads the loss
     mine, theirs = (checkpoint(tmp_path / name) for name in ("recorded", "eager"))
     assert all(same(mine[part], theirs[part]) for part in PARTS)
     assert metrics_of(tmp_path / "recorded") == metrics_of(tmp_path / "eager")
@@ -78,7 +78,7 @@ def test_recorded_updates_are_the_eager_ones(
     assert mine["global_step"] == 30
 
 
-def test_an_update_of_its_own_is_lightnings_update(
+def test_own_update_equals_that_of_lightning(
     data: TaskData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tapes: list[TapeRecorder]
 ) -> None:
     monkeypatch.setattr(batches, "LENGTHS", 10**6)  # no padding
@@ -137,7 +137,7 @@ def _line(seed: int = 0) -> tuple[nn.Linear, Update]:
 
 
 def _points(count: int) -> list[_Point]:
-    """Batches of four points, every fifth of which has three."""
+    """Batches of four points; every fifth batch has three."""
     draws = torch.Generator().manual_seed(1)
     rows = [3 if number % 5 == 4 else 4 for number in range(count)]
     return [_Point(torch.randn(row, 3, generator=draws), torch.randn(row, generator=draws)) for row in rows]
@@ -148,7 +148,7 @@ def test_batches_of_another_shape_run_eagerly(tapes: list[TapeRecorder]) -> None
     graph.make_capturable(eager.optimizer)
     step = Graphed(update, warm_up=3)
     for number, batch in enumerate(_points(19)):
-        for optimizer in (update.optimizer, eager.optimizer):  # what a schedule does
+        for optimizer in (update.optimizer, eager.optimizer):  # as a schedule does
             optimizer.param_groups[0]["lr"].fill_(0.1 / (1 + number))
         found, wanted = step(batch), eager(batch)
         assert torch.equal(found[0], wanted[0])
@@ -156,7 +156,7 @@ def test_batches_of_another_shape_run_eagerly(tapes: list[TapeRecorder]) -> None
         assert not found[0].requires_grad
         assert not found[1]["largest"].requires_grad
         assert torch.equal(mine.weight, theirs.weight)
-    assert (tapes[0].recordings, tapes[0].replays) == (1, 13)  # of 16 batches of four points
+    assert (tapes[0].recordings, tapes[0].replays) == (1, 13)  # 16 batches of four points, 3 of them warm-up
 
 
 def test_every_shape_and_constant_has_a_graph_until_the_capacity_changes(tapes: list[TapeRecorder]) -> None:
@@ -173,11 +173,11 @@ def test_every_shape_and_constant_has_a_graph_until_the_capacity_changes(tapes: 
     assert (tapes[0].recordings, tapes[0].replays) == (4, 6)
 
 
-def test_a_step_count_of_the_host_moves_to_the_device(tapes: list[TapeRecorder]) -> None:
+def test_step_counts_on_the_host_move_to_the_device(tapes: list[TapeRecorder]) -> None:
     (mine, update), (theirs, eager) = _line(), _line()
     first, *rest = _points(4)
     for each in (update, eager):
-        each(first)  # an optimiser that has run before
+        each(first)  # the optimiser has run before
     graph.make_capturable(eager.optimizer)
     step = Graphed(update, warm_up=1)
     assert all(isinstance(state["step"], Tensor) for state in update.optimizer.state.values())
@@ -191,7 +191,9 @@ def test_parameters_on_another_device_are_refused() -> None:
         Graphed(_line()[1])
 
 
-def test_what_cannot_be_captured_is_named(monkeypatch: pytest.MonkeyPatch, tapes: list[TapeRecorder]) -> None:
+def test_error_states_why_an_update_cannot_be_captured(
+    monkeypatch: pytest.MonkeyPatch, tapes: list[TapeRecorder]
+) -> None:
     def refuse(*_: Any) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing")
 
@@ -222,7 +224,7 @@ def test_batches_of_a_graph_have_few_lengths(data: TaskData) -> None:
         assert torch.equal(mine.targets, theirs.targets)
 
 
-def test_scored_positions_and_features_are_padded_too() -> None:
+def test_scored_positions_and_features_are_padded() -> None:
     def collate(items: Any) -> batches.Batch:
         return batches.Batch(torch.ones(2, 5, 3), torch.ones(2, 5, dtype=torch.bool), torch.ones(2, 5).long())
 
@@ -247,7 +249,7 @@ def test_graphs_need_one_process_with_a_cuda_device(device: str, processes: int,
     check_graph(tiny().training, device, processes)
 
 
-def test_a_run_without_a_device_is_refused_before_it_begins(data: TaskData, tmp_path: Path) -> None:
+def test_a_graph_without_a_cuda_device_is_refused_before_the_run_starts(data: TaskData, tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"training\.graph=true needs a CUDA device"):
         train(tiny(training__graph="true"), tmp_path / "run", data)
     assert not (tmp_path / "run" / "checkpoints").exists()
@@ -269,7 +271,7 @@ def test_a_run_without_a_device_is_refused_before_it_begins(data: TaskData, tmp_
         pytest.param({"training__capacity": 0}, "capacity=0 must be greater than 0.0", id="nothing"),
     ],
 )
-def test_impossible_graphs_are_refused(settings: dict[str, Any], message: str) -> None:
+def test_invalid_graph_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(SpecError, match=re.escape(message)):
         tiny(**settings)
 
@@ -291,7 +293,7 @@ def test_a_module_that_reads_its_device_is_refused(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("settings", [{}, {"training__budget": BUDGET}, {"precision": "bf16-mixed"}])
-def test_graphs_are_the_eager_updates_on_a_gpu(
+def test_graphs_equal_eager_updates_on_a_gpu(
     data: TaskData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
 ) -> None:
     monkeypatch.setattr(batches, "LENGTHS", 1)
@@ -307,7 +309,7 @@ def test_graphs_are_the_eager_updates_on_a_gpu(
 
 
 @pytest.mark.gpu
-def test_replays_are_the_eager_updates_on_a_gpu() -> None:
+def test_replays_equal_eager_updates_on_a_gpu() -> None:
     (mine, update), (theirs, eager) = _line(), _line()
     for line in (mine, theirs):
         line.cuda()

@@ -1,4 +1,4 @@
-"""Language modelling: which bytes a segment holds, what is scored, and that a resumed run is the uninterrupted one."""
+"""Language modelling: bytes of a segment, scored positions, and resumed runs that equal uninterrupted ones."""
 
 import json
 import math
@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._pytree import tree_leaves
 
 import sma
 from sma.errors import DataError, SpecError
@@ -63,7 +64,7 @@ def train(spec: ExperimentSpec, out: Path, resume: bool = False) -> Finished:
 
 
 @given(length=st.integers(2, 60), window=st.integers(1, 30), context=st.none() | st.integers(0, 29))
-def test_every_byte_but_the_first_is_scored_once_after_the_one_before_it(
+def test_every_byte_but_the_first_is_scored_once_given_its_predecessor(
     length: int, window: int, context: int | None
 ) -> None:
     if context is not None and context >= window:
@@ -85,7 +86,7 @@ def test_every_byte_but_the_first_is_scored_once_after_the_one_before_it(
 
 
 @given(length=st.integers(30, 90), rows=st.integers(1, 4), size=st.integers(1, 9))
-def test_carried_segments_start_at_the_end_of_the_last_ones(length: int, rows: int, size: int) -> None:
+def test_carried_segments_continue_the_previous_ones(length: int, rows: int, size: int) -> None:
     text = torch.arange(length, dtype=torch.uint8)
     task = LanguageTask(segment=size, carry_state=True)
     segments = TrainingSegments(text, task, experiment_training(rows), seed=3)
@@ -144,12 +145,12 @@ def test_rows_that_workers_cannot_share_evenly_are_refused() -> None:
     "setting",
     [
         pytest.param("modules.attention.window=8", id="window"),
-        pytest.param("modules.attention.window=null", id="growing"),  # by another length in every part
-        pytest.param("router={kind: random, rate: 0.5}", id="drawing"),  # by the number of the row
+        pytest.param("modules.attention.window=null", id="growing"),  # the lengths of the states differ between ranks
+        pytest.param("router={kind: random, rate: 0.5}", id="drawing"),  # draws depend on the index of the row
     ],
 )
 @pytest.mark.parametrize("size", [2, 3])
-def test_what_all_workers_carry_is_saved_as_one_process_saves_it(
+def test_carried_states_of_all_ranks_are_saved_like_those_of_one_process(
     text: Path, size: int, setting: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = experiment(text, "training.batch_size=6", f"model.layers.layer.{setting}")
@@ -183,7 +184,7 @@ def test_what_all_workers_carry_is_saved_as_one_process_saves_it(
     torch.testing.assert_close(unshard([read(module, 1) for module in ranks]), wanted, rtol=0, atol=1e-12)
 
 
-def test_streamed_evaluation_is_the_loss_of_the_whole_text(text: Path, tmp_path: Path) -> None:
+def test_streamed_evaluation_equals_the_loss_of_the_whole_text(text: Path, tmp_path: Path) -> None:
     spec = experiment(text, "training.updates=6")
     finished = train(spec, tmp_path)
     model = sma.load(tmp_path / "model")
@@ -198,10 +199,10 @@ def test_streamed_evaluation_is_the_loss_of_the_whole_text(text: Path, tmp_path:
 
 def test_training_learns(text: Path, tmp_path: Path) -> None:
     bits = train(experiment(text, "training.updates=150"), tmp_path).summary["bits_per_character"]
-    assert bits < 3  # letters alone take about 4.4
+    assert bits < 3  # frequencies of letters alone give about 4.4
 
 
-def test_gradient_stops_at_the_segment_and_the_state_does_not(text: Path) -> None:
+def test_carried_state_gives_the_losses_of_the_joined_segments(text: Path) -> None:
     spec = experiment(text)
     corpus = load_text(spec.task.data)  # type: ignore[attr-defined]
     model = sma.build(spec.model, seed=0).eval()
@@ -217,6 +218,19 @@ def test_gradient_stops_at_the_segment_and_the_state_does_not(text: Path) -> Non
     wanted = torch.nn.functional.cross_entropy(whole[:, 16:].flatten(0, 1), second.targets.flatten(), reduction="none")
     torch.testing.assert_close(carried.flatten(), wanted, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(losses.mean(), carried.mean())
+
+
+def test_gradient_of_a_segment_stops_at_its_beginning(text: Path) -> None:
+    spec = experiment(text)
+    corpus = load_text(spec.task.data)  # type: ignore[attr-defined]
+    segments = TrainingSegments(corpus.train, spec.task, spec.training, 0)  # type: ignore[arg-type]
+    module = LanguageModule(sma.build(spec.model, seed=0), spec.training, carry_state=True)  # type: ignore[arg-type]
+    output, _, _ = module._run(segments[0], module.model.init_state(3))
+    assert any(value.requires_grad for value in tree_leaves(output.state))
+    module.compute(segments[0], None)
+    assert not any(value.requires_grad for value in tree_leaves(module.carried))
+    loss, _ = module.compute(segments[1], None)
+    loss.backward()  # fails where the graph of the first segment is needed
 
 
 def test_a_run_resumes_only_with_its_own_text(text: Path, tmp_path: Path) -> None:
@@ -236,7 +250,7 @@ def test_a_run_resumes_only_with_its_own_text(text: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("update", [7, 14, 25])
-def test_a_resumed_run_is_the_uninterrupted_one(text: Path, tmp_path: Path, update: int) -> None:
+def test_a_resumed_run_equals_the_uninterrupted_one(text: Path, tmp_path: Path, update: int) -> None:
     spec = experiment(text, "training.evaluate_every=5")
     whole = train(spec, tmp_path / "whole")
     with power_failure(update, LanguageModule):
@@ -248,7 +262,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(text: Path, tmp_path: Path, upda
     assert parts.summary["bits_per_character"] == whole.summary["bits_per_character"]
 
 
-def test_reading_notes_what_ran_and_what_every_byte_cost(text: Path, tmp_path: Path) -> None:
+def test_read_along_records_activity_and_bits_of_every_byte(text: Path, tmp_path: Path) -> None:
     finished = train(experiment(text, "training.updates=6"), tmp_path)
     sample = load_text(experiment(text).task.data).test[:40]  # type: ignore[attr-defined]
     reading = read_along(finished.module.model, sample)  # type: ignore[arg-type]
@@ -270,7 +284,7 @@ def test_reading_notes_what_ran_and_what_every_byte_cost(text: Path, tmp_path: P
         (["task.segment=0"], r"segment"),
     ],
 )
-def test_impossible_experiments_are_refused(text: Path, settings: list[str], complaint: str) -> None:
+def test_invalid_experiments_are_refused(text: Path, settings: list[str], complaint: str) -> None:
     with pytest.raises(SpecError, match=complaint):
         experiment(text, *settings)
 
@@ -283,7 +297,7 @@ def test_another_kind_of_model_is_refused() -> None:
         load_experiment({"task": {"kind": "language"}, "model": model, "training": TRAINING})
 
 
-def test_recorded_updates_are_the_eager_ones(
+def test_recorded_updates_equal_eager_ones(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tapes: list[TapeRecorder]
 ) -> None:
     spec = experiment(text, "task.carry_state=false", "training.graph=true", "training.optimizer=radam")
@@ -296,7 +310,7 @@ def test_recorded_updates_are_the_eager_ones(
 
 
 @pytest.mark.parametrize("setting", ["graph=true", "capacity=1.5"])
-def test_a_carried_state_needs_every_active_token(text: Path, setting: str) -> None:
+def test_a_carried_state_excludes_limits_on_active_tokens(text: Path, setting: str) -> None:
     message = f"training.{setting} limits the active tokens of a batch, and the task 'language' carries a state from"
     with pytest.raises(SpecError, match=re.escape(message)):
         experiment(text, f"training.{setting}")

@@ -1,4 +1,4 @@
-"""Measures of updates: the average of a split, and losses that the host sees later."""
+"""Measures of updates: the average of a split, and losses that the host checks later."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from tests.test_recipes.tiny import checkpoint, same, tiny, train
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
-def test_average_is_the_sum_over_the_number(dtype: torch.dtype) -> None:
+def test_average_is_the_sum_over_the_count(dtype: torch.dtype) -> None:
     metric = Average(dtype)
     assert metric.compute() == 0
     metric.reset()
@@ -27,7 +27,7 @@ def test_average_is_the_sum_over_the_number(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_the_first_loss_that_is_none_is_found_and_all_are_forgotten(bad: float) -> None:
+def test_first_non_finite_loss_is_found_and_all_are_cleared(bad: float) -> None:
     losses, shared = UnseenLosses(), torch.tensor(1.0)
     for update, value in enumerate((0.5, 2.0, bad, 1.0, float("nan"))):
         losses.add(update, shared.fill_(value))  # a tensor that the next update overwrites
@@ -43,7 +43,7 @@ def _as_on_an_accelerator(module: TrainingModule, loss: Tensor) -> None:
 
 
 def _diverging(patch: pytest.MonkeyPatch, update: int) -> None:
-    """Let the loss, and so all weights, be NaN from an update on."""
+    """Make the loss, and hence all weights, NaN from an update on."""
     original = Classifier.compute
 
     def compute(self: Classifier, batch: Any, capacity: Any) -> Any:
@@ -76,7 +76,7 @@ def test_a_signal_saves_no_diverged_weights(data: TaskData, tmp_path: Path, monk
 
     def transfer(self: TrainingModule, batch: Any, dataloader_idx: int) -> Any:
         if self.trainer.training and self.global_step == 14:
-            self.trainer.save_checkpoint(tmp_path / LAST)  # what a signal makes the training do
+            self.trainer.save_checkpoint(tmp_path / LAST)  # as after a signal
         return original(self, batch, dataloader_idx)
 
     monkeypatch.setattr(TrainingModule, "on_before_batch_transfer", transfer)
@@ -85,7 +85,9 @@ def test_a_signal_saves_no_diverged_weights(data: TaskData, tmp_path: Path, monk
     assert checkpoint(tmp_path)["global_step"] == 10
 
 
-def test_looking_later_changes_nothing(data: TaskData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_delayed_loss_checks_do_not_change_the_run(
+    data: TaskData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     train(tiny(), tmp_path / "at once", data)
     monkeypatch.setattr(TrainingModule, "check_loss", _as_on_an_accelerator)
     train(tiny(), tmp_path / "later", data)

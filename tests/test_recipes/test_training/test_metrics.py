@@ -20,7 +20,7 @@ logger.save()
 
 
 @pytest.mark.slow
-def test_names_are_written_in_a_locale_that_lacks_them(tmp_path):
+def test_names_are_written_in_a_locale_that_cannot_encode_them(tmp_path):
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-W", "ignore", "-c", PROGRAM, str(tmp_path)]
     result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)

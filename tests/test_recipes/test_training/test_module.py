@@ -1,4 +1,4 @@
-"""The training module: rates against loops, the optimiser of the paper, precisions, and losses that are not finite."""
+"""The training module: rates against loops, the optimiser of the paper, precisions, and non-finite losses."""
 
 import copy
 
@@ -34,10 +34,10 @@ def test_rates_over_batches_equal_a_loop_over_tokens():
     assert set(expected) == {"layer0/attention", "layer0/mlp", "layer1/mlp", "layer2/conv", "layer2/attention"}
     rates = metric.compute()
     assert rates.shape == (3, 3)
-    assert int(rates.isnan().sum()) == 4  # what a layer does not have has no rate
+    assert int(rates.isnan().sum()) == 4  # a sub-module that a layer lacks has no rate
 
 
-def test_rates_start_afresh_after_a_reset():
+def test_reset_clears_the_rates():
     metric, (first, second, *_) = RateMetric(LAYERS), batches(LAYERS)
     metric.update(*first)
     metric.reset()
@@ -47,7 +47,7 @@ def test_rates_start_afresh_after_a_reset():
     assert metric.by_name() == alone.by_name()
 
 
-def test_rates_of_nothing_are_zero():
+def test_rates_without_tokens_are_zero():
     assert RateMetric([("attention",)]).by_name() == {"layer0/attention": 0.0}
     assert RateMetric([]).by_name() == {}
 
@@ -59,7 +59,7 @@ def _classifier(**settings):
     return classifier
 
 
-def test_decay_is_decoupled_and_on_every_parameter():
+def test_weight_decay_is_decoupled_and_applies_to_every_parameter():
     classifier = _classifier(training__weight_decay=0.5, training__warmup=0)
     optimizer = classifier.configure_optimizers()["optimizer"]
     (group,) = optimizer.param_groups
@@ -72,7 +72,7 @@ def test_decay_is_decoupled_and_on_every_parameter():
         torch.testing.assert_close(new, old * (1 - 0.003 * 0.5))
 
 
-def test_optimiser_of_the_paper_preset_is_the_papers():
+def test_optimiser_of_the_paper_preset_has_the_settings_of_the_paper():
     spec = load_experiment("listops_paper")
     classifier = _classifier()
     classifier.training_spec = spec.training
@@ -81,7 +81,7 @@ def test_optimiser_of_the_paper_preset_is_the_papers():
     assert (group["initial_lr"], group["amsgrad"], group["maximize"]) == (0.004, False, False)
 
 
-def test_learning_rate_of_every_update_is_the_schedules(data, tmp_path, monkeypatch):
+def test_learning_rate_of_every_update_follows_the_schedule(data, tmp_path, monkeypatch):
     spec = tiny(training__decay_power=2)
     rates = []
     for update in range(30):

@@ -1,4 +1,4 @@
-"""A whole update of every tiny preset asks a device for nothing, so a CUDA graph can hold it."""
+"""An update of every tiny preset reads no values from the device, so a CUDA graph can capture it."""
 
 import importlib
 import warnings
@@ -20,13 +20,13 @@ from tests.no_host import HostAskedError, NoHost
 pytestmark = pytest.mark.slow  # real trainings
 
 PRESETS = [name for name in shipped("presets") if name.endswith("_tiny")]
-# More tokens than the histograms of a budget have bins, which are float64.
+# More tokens than a histogram of a budget has bins, because these histograms are float64.
 ROWS, LENGTH = 8, 8000
 
 
 @pytest.fixture
 def optimizer_on_meta(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let torch take the path of an optimiser in a CUDA graph, and deterministic ones, on the meta device."""
+    """Make torch use capturable optimisers and deterministic algorithms on the meta device."""
     for name in ("torch.optim.adam", "torch.optim.radam"):
         module = importlib.import_module(name)
         monkeypatch.setattr(module, "_get_capturable_supported_devices", lambda supports_xla=True: ["meta"])
@@ -57,7 +57,7 @@ def _batch(module: ScoredModule) -> Any:
 
 @pytest.mark.usefixtures("optimizer_on_meta")
 @pytest.mark.parametrize("preset", PRESETS)
-def test_an_update_asks_the_host_nothing(preset: str) -> None:
+def test_an_update_needs_no_values_on_the_host(preset: str) -> None:
     carried = ["task.carry_state=false"] if preset.startswith("language") else []
     spec = load_experiment(preset, ["training.graph=true", *carried])
     module, training = _module(spec), spec.training
@@ -65,9 +65,9 @@ def test_an_update_asks_the_host_nothing(preset: str) -> None:
     optimizer = kind(module._groups(), lr=training.learning_rate, foreach=True)
     make_capturable(optimizer)
     update, batch = Update(module.compute, optimizer, training.clip_norm), _batch(module)
-    # Routers that draw, and the losses of their draws, compute in float64 on purpose.
+    # Stochastic routers and the losses of their draws compute in float64 on purpose.
     wide = float("inf") if training.losses.policy else ROWS * LENGTH
-    for number in (0, training.updates - 1):  # with the capacity of the first rate, and with that of the last
+    for number in (0, training.updates - 1):  # with the capacities of the first and of the last rate
         capacity = training.capacity_at(number, module.module_names)
         with warnings.catch_warnings(), NoHost(wide=wide) as host:
             warnings.simplefilter("ignore")  # there is no trainer to log to
@@ -85,7 +85,7 @@ def test_an_update_asks_the_host_nothing(preset: str) -> None:
         pytest.param(lambda module: module.overflow, id="overflow"),
     ],
 )
-def test_what_is_written_asks_for_it(ask: Callable[[ScoredModule], Any]) -> None:
+def test_reading_results_needs_values_on_the_host(ask: Callable[[ScoredModule], Any]) -> None:
     module = _module(load_experiment("digits_tiny", ["training.graph=true"]))
     batch = _batch(module)
     with NoHost():

@@ -1,4 +1,4 @@
-"""A task of another package is trained, resumed, evaluated and swept by its own objective."""
+"""A third-party task is trained, resumed, evaluated and swept by its own objective."""
 
 import json
 from pathlib import Path
@@ -55,7 +55,7 @@ def test_a_run_tests_the_metric_of_the_task(tmp_path: Path) -> None:
         guesses = finished.module.model.eval()(rows).logits[:, 0]
     error = finished.summary["error"]
     assert error == pytest.approx(float((guesses - 2 * rows.mean(1)).square().mean()), rel=1e-5)
-    assert error < 0.5 * float((2 * rows.mean(1)).square().mean())  # that of the answer 0
+    assert error < 0.5 * float((2 * rows.mean(1)).square().mean())  # the error of the constant answer 0
     assert json.loads((tmp_path / SUMMARY).read_text()) == finished.summary
     assert json.loads((tmp_path / EVALUATION).read_text()) == {"task": "row_mean", "error": error}
     assert finished.summary["data"] == {"rows": "64 rows"}
@@ -63,7 +63,7 @@ def test_a_run_tests_the_metric_of_the_task(tmp_path: Path) -> None:
     assert (tmp_path / "title.txt").read_text() == f"row means: {error:.3f} squared error, seed 0"
 
 
-def test_the_best_checkpoint_is_the_one_of_the_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_best_checkpoint_has_the_best_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     errors = iter([3.0, 1.0, 2.0])
     log = Regressor._log
 
@@ -76,7 +76,7 @@ def test_the_best_checkpoint_is_the_one_of_the_metric(tmp_path: Path, monkeypatc
     assert train(experiment(), tmp_path).summary["best_update"] == 20
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
+def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path: Path) -> None:
     whole = train(experiment(), tmp_path / "whole")
     with power_failure(14, Regressor):
         train(experiment(), tmp_path / "parts")
@@ -84,7 +84,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
     assert same(*(checkpoint(tmp_path / name)["state_dict"] for name in ("parts", "whole")))
 
 
-def test_a_command_trains_and_evaluates_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_command_trains_and_evaluates_the_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "experiment.yaml").write_text(dump_yaml(experiment()))
     run, common = tmp_path / "run", ["--no-progress", "--accelerator", "cpu", "--data", str(tmp_path)]
     assert main(["--spec", str(tmp_path / "experiment.yaml"), "--out", str(run), *common]) == 0
@@ -99,7 +99,7 @@ def test_a_command_trains_and_evaluates_it(tmp_path: Path, capsys: pytest.Captur
     assert json.loads((run / EVALUATION).read_text())["reproduced"] is True
 
 
-def test_a_sweep_compares_trials_by_its_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sweep_compares_trials_by_the_metric_of_the_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from sma.tune import trial
     from sma.tune.sweep import Measure, make_sweep
 
@@ -120,7 +120,7 @@ def test_a_sweep_compares_trials_by_its_metric(tmp_path: Path, monkeypatch: pyte
     assert last["macs_per_token"] > 0
 
 
-def test_several_workers_accept_it(tmp_path: Path) -> None:
+def test_several_workers_accept_the_task(tmp_path: Path) -> None:
     from sma.tune.parallel import Workers
 
     Workers(2).check_experiment(experiment())
@@ -129,13 +129,13 @@ def test_several_workers_accept_it(tmp_path: Path) -> None:
         Workers(3).check_data(experiment(), experiment().task.prepare(tmp_path))
 
 
-def test_the_estimate_of_memory_takes_its_longest_row(tmp_path: Path) -> None:
+def test_an_objective_states_the_longest_row_for_the_memory_estimate(tmp_path: Path) -> None:
     objective = load_objective(RowMeanTask(), RowMeanTask().prepare(tmp_path))
     assert (objective.longest_row, objective.typical_row, objective.subject) == (LENGTH, LENGTH, "row_mean")
 
 
 class Untrainable(TaskSpec):
-    """A task without metric and objective."""
+    """A task without a metric and an objective."""
 
     kind: str = "untrainable"
 
@@ -169,7 +169,7 @@ def test_a_task_without_metric_and_objective_is_refused_everywhere(tmp_path: Pat
         evaluate(tmp_path, Options())
 
 
-def test_a_task_that_lacks_one_of_them_is_told_which() -> None:
+def test_error_names_the_missing_objective() -> None:
     class Half(TaskSpec):
         metric: ClassVar[Metric] = Metric("error", "min", "error")
         kind: str = "half"
@@ -189,7 +189,7 @@ def test_a_task_that_lacks_one_of_them_is_told_which() -> None:
         ),
     ],
 )
-def test_an_objective_that_is_none_is_named(name: str, complaint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_names_an_invalid_objective(name: str, complaint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RowMeanTask, "objective", name)
     with pytest.raises(SpecError, match=rf"the objective '{name}' of the task 'row_mean' {complaint}"):
         load_objective(RowMeanTask(), None)
@@ -204,19 +204,19 @@ def test_an_objective_that_is_none_is_named(name: str, complaint: str, monkeypat
         pytest.param(LanguageTask.metric, 2.5432, "2.543 bits per character", "2.543200", "+2.543200", id="number"),
     ],
 )
-def test_a_metric_shows_values_as_reports_do(
+def test_a_metric_formats_values_like_reports(
     metric: Metric, value: float, headline: str, digits: str, difference: str
 ) -> None:
     assert (metric.headline(value), metric.digits(value), metric.difference(value)) == (headline, digits, difference)
 
 
-def test_the_callbacks_keep_the_names_under_which_checkpoints_hold_their_states(tmp_path: Path) -> None:
+def test_callbacks_keep_their_names_in_checkpoints(tmp_path: Path) -> None:
     train(experiment(), tmp_path)
     names = {name.partition("{")[0] for name in checkpoint(tmp_path)["callbacks"]}
     assert names == {"BestCheckpoint", "LastCheckpoint", "Origin", "Preemption", "RandomStates", "Stopwatch"}
 
 
-def test_a_training_module_without_scores_of_the_training_is_saved(tmp_path: Path) -> None:
+def test_a_training_module_without_training_scores_is_saved(tmp_path: Path) -> None:
     spec = experiment()
     objective = load_objective(spec.task, spec.task.prepare(tmp_path))
     saved: dict[str, Any] = {}

@@ -49,7 +49,7 @@ def _send(number=signal.SIGUSR1):
 
 
 def _preempted(out, data, update, monkeypatch, spec=None, number=signal.SIGUSR1):
-    """Send a signal in an update, which is counted from 0; returns the error message."""
+    """Send a signal in an update, counted from 0; return the error message."""
     with monkeypatch.context() as patch:
         before_update(patch, update, _send(number))
         with pytest.raises(Preempted, match=rf"preempted by {signal.Signals(number).name}: update .* is saved$") as end:
@@ -97,7 +97,7 @@ def test_interrupted_evaluation_is_repeated(finished, data, tmp_path, monkeypatc
     assert_same_run(tmp_path, finished[0])
 
 
-def test_many_signals_and_a_crash_between(finished, data, tmp_path, monkeypatch):
+def test_run_resumes_after_many_signals_and_a_crash(finished, data, tmp_path, monkeypatch):
     for update in (2, 3, 9, 10, 28):
         _preempted(tmp_path, data, update, monkeypatch)
     with power_failure(29):
@@ -136,8 +136,7 @@ def test_stochastic_routers_and_budgets_resume(data, tmp_path, monkeypatch, rout
 
 
 def test_metrics_between_two_evaluations_count_every_update(data, tmp_path, monkeypatch):
-    # The lines of the metrics and the evaluations do not fall together: a line is made of updates before and after a
-    # checkpoint.
+    # Lines of metrics and evaluations do not coincide: a line covers updates before and after a checkpoint.
     spec = tiny(training__updates=120, training__evaluate_every=70)
     train(spec, tmp_path / "whole", data)
     for update in (33, 72):
@@ -220,7 +219,7 @@ def test_sys_exit_is_not_converted_to_keyboard_interrupt(data, tmp_path, monkeyp
         train(tiny(training__updates=6), tmp_path, data)
 
 
-def test_exit_of_lightning_after_ctrl_c_is_a_keyboard_interrupt_in_a_thread_too():
+def test_exit_of_lightning_after_ctrl_c_becomes_a_keyboard_interrupt_in_a_thread():
     ended = []
 
     def run():

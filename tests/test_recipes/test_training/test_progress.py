@@ -89,7 +89,7 @@ def test_a_terminal_gets_one_line_that_is_replaced(monkeypatch, seconds):
         assert not after or len(after) >= len(before.rstrip()), "the end of the longer line would stay"
 
 
-def test_a_warning_after_an_evaluation_has_a_line_of_its_own(monkeypatch, seconds):
+def test_a_warning_after_an_evaluation_has_its_own_line(monkeypatch, seconds):
     monkeypatch.setattr(sys, "stdout", output := Terminal())
     shown = Progress(6)
     shown.on_train_start(trainer(0), None)

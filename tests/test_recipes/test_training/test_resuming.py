@@ -27,7 +27,7 @@ def stopped(data, tmp_path_factory):
 
 @pytest.fixture
 def run(stopped, tmp_path):
-    """A copy of it."""
+    """A copy of the stopped run."""
     return shutil.copytree(stopped, tmp_path / "run")
 
 
@@ -55,7 +55,7 @@ def test_another_experiment_is_refused_before_it_trains(run, data, setting, comp
     before = (run / LAST).read_bytes()
     with pytest.raises(CheckpointError, match=complaint):
         train(tiny(**setting), run, data, resume=True)
-    # The file says the same as what is asked for, and the checkpoint does not.
+    # The file matches the requested experiment, and the checkpoint does not.
     text = yaml.safe_load((run / "experiment.yaml").read_text())
     (run / "experiment.yaml").write_text(yaml.safe_dump({**text, "seed": 1}))
     with pytest.raises(
@@ -76,7 +76,7 @@ def test_another_experiment_is_refused_before_it_trains(run, data, setting, comp
 )
 @pytest.mark.parametrize("name", [LAST, BEST])
 def test_file_that_is_not_a_checkpoint_is_refused(run, data, monkeypatch, name, content, complaint):
-    # The best one is read at the end, and is not to be replaced.
+    # The best checkpoint is read at the end, and must not be replaced before.
     monkeypatch.setattr(BestCheckpoint, "on_validation_end", lambda *_: None)
     (run / name).write_bytes(b"\x00" * 5000) if content is None else torch.save(content, run / name)
     with pytest.raises(
@@ -120,14 +120,19 @@ def test_checkpoint_with_wrong_parts_is_refused(run, data, keys, value, complain
         train(tiny(), run, data, resume=True)
 
 
+DAMAGED = ["{", "[1]", "[" * 5000, "7"]
+
+
 @pytest.mark.parametrize(
-    ("name", "hint"), [("data.json", "without comparing the data"), ("versions.json", "without the versions of the")]
+    ("name", "hint", "content"),
+    [
+        # A mapping is what older versions wrote into versions.json.
+        *(("data.json", "without comparing the data", content) for content in [*DAMAGED, '{"a": 1}']),
+        *(("versions.json", "without the versions of the", content) for content in DAMAGED),
+    ],
 )
-@pytest.mark.parametrize("content", ["{", "[1]", '{"a": 1}', "[" * 5000, "7"])
 def test_damaged_json_is_refused(run, data, name, hint, content):
     (run / name).write_text(content)
-    if name == "versions.json" and content == '{"a": 1}':  # as older versions wrote it
-        return
     with pytest.raises(
         CheckpointError, match=rf"{name}' (cannot be read: .*|does not hold .*); delete it to resume {hint}"
     ):
@@ -157,7 +162,7 @@ def test_run_that_is_being_written_is_refused(run, data):
 
 @pytest.fixture
 def command(tmp_path, capsys):
-    """Runs the command line on a small experiment; returns its exit code and its output."""
+    """Run the command line on a small experiment; return its exit code and its output."""
     (tmp_path / "spec.yaml").write_text(yaml.safe_dump(EXPERIMENT), encoding="utf-8")
 
     def call(*options, spec=True):
@@ -193,13 +198,13 @@ def test_one_command_starts_resumes_and_recognises_a_finished_run(command, tmp_p
         pytest.param(["--auto-resume", "--resume", "x"], "leave --auto-resume out", id="resume"),
     ],
 )
-def test_options_that_do_not_go_together_are_refused(command, options, complaint):
+def test_incompatible_options_are_refused(command, options, complaint):
     code, printed = command(*options, spec="--resume" not in options)
     assert code == 2
     assert complaint in printed.err
 
 
-def test_link_to_a_lost_checkpoint_is_no_beginning(command, tmp_path):
+def test_dangling_link_to_a_checkpoint_does_not_start_a_new_run(command, tmp_path):
     out = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
         before_update(patch, 13, lambda _: end_at_once(15))
@@ -211,7 +216,7 @@ def test_link_to_a_lost_checkpoint_is_no_beginning(command, tmp_path):
     assert "last.ckpt': No such file" in printed.err
 
 
-def test_folder_of_something_else_is_not_taken(command, tmp_path):
+def test_folder_with_other_files_is_refused(command, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").touch()
     code, printed = command("--out", tmp_path / "run", "--auto-resume")
@@ -219,6 +224,6 @@ def test_folder_of_something_else_is_not_taken(command, tmp_path):
     assert "run' is not empty; give another --out" in printed.err
 
 
-def test_preempted_is_told_from_a_failure():
+def test_end_at_once_raises_preempted():
     with pytest.raises(Preempted, match="preempted by SIGTERM: completed work is kept"):
         end_at_once(15)

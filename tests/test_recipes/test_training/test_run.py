@@ -1,4 +1,4 @@
-"""A run: what its folder holds, that one seed gives one result, and that a resumed run is the uninterrupted one."""
+"""Runs: files of the folder, one result per seed, and resumed runs that equal uninterrupted ones."""
 
 import json
 import os
@@ -60,14 +60,14 @@ def test_folder_has_the_listed_files(finished):
     }
 
 
-def test_a_finished_run_is_one_line(finished):
+def test_repr_of_a_finished_run_is_one_line(finished):
     _, run = finished
     line = repr(run)
     assert line.startswith(f"Finished(listops, test_accuracy={run.summary['test_accuracy']:.4g}, test_loss=")
     assert (len(line) < 160, "\n" in line) == (True, False)
 
 
-def test_experiment_of_the_folder_is_the_one_that_ran(finished):
+def test_folder_holds_the_experiment_that_ran(finished):
     out, _ = finished
     assert load_experiment(out / "experiment.yaml") == tiny()
 
@@ -88,12 +88,12 @@ def test_versions_name_the_software_and_the_commit(finished):
     }
 
 
-def test_hashes_of_the_data_are_there_before_the_first_update(data, tmp_path):
+def test_hashes_of_the_data_are_written_before_the_first_update(data, tmp_path):
     _interrupted(tmp_path, data, 0)
     assert json.loads((tmp_path / "data.json").read_text()) == data.hashes
 
 
-def test_summary_holds_what_was_measured(finished, data):
+def test_summary_holds_the_measurements(finished, data):
     out, done = finished
     summary = json.loads((out / "summary.json").read_text())
     assert summary == done.summary
@@ -107,7 +107,7 @@ def test_summary_holds_what_was_measured(finished, data):
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", summary["date"])
     batches = training.Classification(tiny().task, data).training_batches(tiny().training, 0)
     tokens = sum(int(batch.valid.sum()) for batch in batches)
-    # Updates take a part of the time of the whole run.
+    # Updates take only a part of the time of the run.
     assert summary["tokens_per_second"] > tokens / summary["seconds"]
 
 
@@ -124,7 +124,7 @@ def test_saved_model_gives_the_recorded_accuracy_and_rates(finished, data):
             tokens += len(ids)
             ran = [count + int(decision.active.sum()) for count, decision in zip(ran, output.decisions, strict=True)]
     assert done.summary["test_accuracy"] == pytest.approx(right / len(data.test), abs=1e-6)
-    # Rounding may flip a decision that is on the edge.
+    # Rounding may flip a decision near the threshold.
     assert done.summary["activation_rate"] == pytest.approx([count / tokens for count in ran], abs=3 / tokens)
 
 
@@ -151,7 +151,7 @@ def test_metrics_are_in_the_csv_file(finished):
     assert float(lines[30, "test"]["test_accuracy"]) == done.summary["test_accuracy"]
 
 
-def test_metrics_are_in_tensorboard_too(finished):
+def test_metrics_are_also_in_tensorboard(finished):
     out, _ = finished
     events = EventAccumulator(str(out / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("val_accuracy")] == [9, 19, 29]
@@ -162,7 +162,7 @@ def test_metrics_are_in_tensorboard_too(finished):
 
 def test_one_seed_gives_one_result(finished, data, tmp_path):
     out, done = finished
-    torch.manual_seed(123)  # what happened before in the process is of no account
+    torch.manual_seed(123)  # earlier draws in the process have no effect
     again = train(tiny(), tmp_path, data)
     assert same(checkpoint(tmp_path)["state_dict"], checkpoint(out)["state_dict"])
     assert same(checkpoint(tmp_path)["optimizer_states"], checkpoint(out)["optimizer_states"])
@@ -195,11 +195,11 @@ def _interrupted(out, data, update, spec=None):
         pytest.param([12, 14, 25], id="three-times"),
     ],
 )
-def test_resumed_run_is_the_uninterrupted_one_to_the_last_bit(finished, data, tmp_path, updates):
+def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(finished, data, tmp_path, updates):
     for update in updates:
         _interrupted(tmp_path, data, update)
         assert not (tmp_path / "summary.json").exists()
-        torch.rand(7)  # another process has other random states
+        torch.rand(7)  # another process would have other random states
     train(tiny(), tmp_path, data, resume=True)
     assert_same_run(tmp_path, finished[0])
 
@@ -211,7 +211,7 @@ def test_resumed_run_is_the_uninterrupted_one_to_the_last_bit(finished, data, tm
         pytest.param({"precision": "64-true"}, 15, id="float64"),
     ],
 )
-def test_resumed_run_with_other_settings_is_the_uninterrupted_one(data, tmp_path, settings, update):
+def test_resumed_run_with_other_settings_equals_the_uninterrupted_one(data, tmp_path, settings, update):
     spec = tiny(**settings)
     train(spec, tmp_path / "whole", data)
     _interrupted(tmp_path / "parts", data, update, spec)
@@ -221,7 +221,7 @@ def test_resumed_run_with_other_settings_is_the_uninterrupted_one(data, tmp_path
 
 
 def test_dropout_needs_the_random_states(finished, data, tmp_path, monkeypatch):
-    # Without them the test above must fail: it would prove nothing of a model that draws no numbers.
+    # Without them the test above must fail: with a model that draws no random numbers it would prove nothing.
     _interrupted(tmp_path, data, 13)
     monkeypatch.setattr(RandomStates, "on_train_start", lambda *_: None)
     train(tiny(), tmp_path, data, resume=True)
@@ -233,14 +233,14 @@ def test_run_that_was_trained_and_not_yet_tested_is_only_tested(finished, data, 
         patch.setattr(Classifier, "test_step", lambda self, batch, batch_idx: fail(self))
         with pytest.raises(RuntimeError, match="the power went out"):
             train(tiny(), tmp_path, data)
-    before_update(monkeypatch, 30, fail)  # there is no update to be done
+    before_update(monkeypatch, 30, fail)  # no update is left
     summary = train(tiny(), tmp_path, data, resume=True).summary
     spent = checkpoint(tmp_path)["callbacks"]["Stopwatch"]
     assert summary["tokens_per_second"] == round(spent["tokens"] / spent["updating"])
     assert_same_run(tmp_path, finished[0])
 
 
-def test_time_and_tokens_are_those_of_all_parts(finished, data, tmp_path):
+def test_time_and_tokens_cover_all_parts_of_a_run(finished, data, tmp_path):
     _interrupted(tmp_path, data, 13)
     state = checkpoint(tmp_path)
     assert 0 < state["callbacks"]["Stopwatch"]["updating"] < state["callbacks"]["Stopwatch"]["elapsed"]
@@ -284,7 +284,7 @@ def test_run_resumes_only_with_its_own_data(finished, data, tmp_path):
     assert_same_run(tmp_path, finished[0])
 
 
-def test_run_without_a_checkpoint_begins_anew_with_whatever_data_there_is(data, tmp_path):
+def test_run_without_a_checkpoint_starts_anew_with_the_current_data(data, tmp_path):
     _interrupted(tmp_path, data, 5)
     other = data._replace(hashes={"train": "0" * 64})
     assert train(tiny(training__updates=6), tmp_path, other).summary["data"] == {"train": "0" * 64}
@@ -313,7 +313,7 @@ def test_damaged_checkpoint_is_refused(finished, data, tmp_path, name, left):
         train(tiny(), tmp_path / "run", data, resume=True)
 
 
-def test_what_killed_writes_left_is_removed(data, tmp_path):
+def test_remains_of_killed_writes_are_removed(data, tmp_path):
     drafts = [tmp_path / folder / f".file{number}.draft" for number, folder in enumerate(("", "checkpoints", "model"))]
     for draft in drafts:
         draft.parent.mkdir(exist_ok=True)
@@ -347,7 +347,7 @@ def test_resuming_prints_no_warning(data, tmp_path, recwarn, capfd):
 
 
 @pytest.mark.parametrize("place", ["training_step", "validation_step", "test_step"])
-def test_ctrl_c_is_a_keyboard_interrupt_and_works_again(data, tmp_path, monkeypatch, place):
+def test_ctrl_c_raises_a_keyboard_interrupt_and_the_handler_is_restored(data, tmp_path, monkeypatch, place):
     handler = signal.getsignal(signal.SIGINT)
 
     def interrupt(*_):
@@ -359,7 +359,7 @@ def test_ctrl_c_is_a_keyboard_interrupt_and_works_again(data, tmp_path, monkeypa
     assert signal.getsignal(signal.SIGINT) == handler
 
 
-def test_commit_is_that_of_the_checkout():
+def test_commit_has_the_form_of_a_git_hash():
     assert re.fullmatch(r"[0-9a-f]{12}(-dirty)?", commit())
 
 
@@ -376,7 +376,7 @@ def test_commit_is_unknown_outside_a_checkout(monkeypatch, error):
     assert versions()["commit"] is None
 
 
-def test_hardware_is_named_in_words():
+def test_hardware_has_a_name():
     assert re.search(r"\w", hardware())
 
 
@@ -386,7 +386,7 @@ def test_folder_that_cannot_be_written_is_refused(data, tmp_path):
         train(tiny(), tmp_path / "file" / "run", data)
 
 
-def test_interrupted_summary_leaves_no_half_of_it(data, tmp_path, monkeypatch):
+def test_interrupted_summary_leaves_no_partial_file(data, tmp_path, monkeypatch):
     def half(*_, **__):
         raise KeyboardInterrupt
 

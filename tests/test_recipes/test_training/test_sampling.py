@@ -1,4 +1,4 @@
-"""The order of the samples is a function of the seed and the number of the update."""
+"""The order of the samples is a function of the seed and the update index."""
 
 from itertools import pairwise
 
@@ -28,7 +28,7 @@ def _settings(draw):
 
 
 @given(settings=_settings(), start=st.integers(0, 60))
-def test_starting_at_an_update_gives_what_the_whole_gives_from_there(settings, start):
+def test_starting_at_an_update_gives_the_rest_of_the_whole_order(settings, start):
     assert list(UpdateSampler(**settings, start=start)) == list(UpdateSampler(**settings))[start:]
 
 
@@ -44,12 +44,12 @@ def test_every_epoch_uses_every_sample_at_most_once(settings):
         used = [sample for batch in batches[first : first + per_epoch] for sample in batch]
         assert len(set(used)) == len(used)
         assert set(used) <= set(range(samples))
-        if first + per_epoch <= len(batches):  # a whole epoch: all but what does not fill a batch
+        if first + per_epoch <= len(batches):  # a complete epoch: all samples but the last incomplete batch
             assert len(used) == samples - samples % size
 
 
 @given(settings=_settings(), start=st.integers(0, 60))
-def test_length_is_the_total_wherever_it_starts(settings, start):
+def test_length_is_the_total_whatever_the_start(settings, start):
     assert len(UpdateSampler(**settings, start=start)) == settings["updates"]
 
 
@@ -69,7 +69,7 @@ def test_another_seed_gives_another_order():
     assert first != second
 
 
-def test_every_epoch_has_another_order_and_leaves_others_out():
+def test_every_epoch_has_another_order_and_omits_other_samples():
     batches = list(UpdateSampler(_lengths(22), 4, 50, seed=0))
     epochs = [batches[first : first + 5] for first in range(0, 50, 5)]
     assert len({str(epoch) for epoch in epochs}) == 10
@@ -82,7 +82,7 @@ def test_every_sample_is_seen_in_the_long_run():
 
 
 @pytest.mark.parametrize("samples", [1, 5])
-def test_batch_larger_than_the_data_is_all_of_it(samples):
+def test_batch_larger_than_the_data_holds_all_samples(samples):
     batches = list(UpdateSampler(_lengths(samples), 100, 3, seed=0))
     assert [sorted(batch) for batch in batches] == [list(range(samples))] * 3
 
@@ -100,14 +100,14 @@ def test_sorting_more_batches_together_leaves_less_padding():
     assert many < some / 2 < alone / 4
 
 
-def test_batches_of_an_epoch_do_not_come_by_length():
+def test_batches_of_an_epoch_are_not_sorted_by_length():
     lengths = _lengths(960, longest=100)
     means = [float(lengths[batch].double().mean()) for batch in UpdateSampler(lengths, 16, 60, seed=0, bucket=60)]
     rises = sum(second > first for first, second in pairwise(means))
-    assert 15 < rises < 44  # 29.5 in the mean of random orders
+    assert 15 < rises < 44  # 29.5 on average over random orders
 
 
-def test_data_loader_takes_its_batches_and_its_length():
+def test_data_loader_uses_the_batches_and_length_of_the_sampler():
     lengths = _lengths(20)
     loader = DataLoader(list(range(20)), batch_sampler=UpdateSampler(lengths, 4, 9, seed=0, start=6), collate_fn=list)
     assert len(loader) == 9

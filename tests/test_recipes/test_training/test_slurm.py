@@ -28,7 +28,7 @@ SLURM = {
     "SLURM_LOCALID": "0",
     "SLURM_NODEID": "0",
 }
-# 300 updates take seconds: a signal falls between the first and the last of them.
+# 300 updates take seconds, so that a signal arrives between the first and the last.
 UPDATES = 300
 
 
@@ -46,16 +46,14 @@ def _program(folder, name, text):
 
 @pytest.fixture
 def job(tmp_path, data):
-    """Starts the script of the page as Slurm does, with a small experiment; `srun` and `scontrol` are small
-    programs.
-    """
+    """Start the script of the page like Slurm, with a small experiment and stand-ins for `srun` and `scontrol`."""
     experiment = {**EXPERIMENT, "training": {**EXPERIMENT["training"], "updates": UPDATES, "evaluate_every": 150}}
     (tmp_path / "spec.yaml").write_text(yaml.safe_dump(experiment), encoding="utf-8")
     programs = tmp_path / "bin"
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     (tmp_path / ".venv" / "bin" / "activate").touch()
     programs.mkdir()
-    # Slurm sends the signal to the tasks, not to the script: the task says who it is.
+    # Slurm sends the signal to the tasks, not to the script, so the task writes its process id.
     _program(programs, "srun", f'shift; echo $$ > "{tmp_path}/task"; exec "$@"')
     _program(programs, "scontrol", f'echo "$@" >> "{tmp_path}/requeued"')
     _program(programs, "python", f'exec "{sys.executable}" "$@"')
@@ -77,7 +75,7 @@ def job(tmp_path, data):
 @pytest.mark.parametrize(
     ("status", "again"), [(0, False), (2, False), (75, True), (130, False), (138, True), (143, True)]
 )
-def test_job_is_requeued_where_the_run_was_told_to_end(job, tmp_path, status, again):
+def test_job_is_requeued_if_a_signal_ended_the_run(job, tmp_path, status, again):
     _program(tmp_path / "bin", "srun", f"exit {status}")
     assert job(subprocess.DEVNULL).wait() == status
     assert (tmp_path / "requeued").exists() == again
@@ -93,7 +91,7 @@ def whole(tmp_path_factory):
 
 
 def _updates_seen(out):
-    """Whether the training has begun: its metrics have a line, which they have after 50 updates."""
+    """Whether the training has begun: its metrics get the first line after 50 updates."""
     return any(len(path.read_text().splitlines()) > 1 for path in out.glob("metrics/version_*/metrics.csv"))
 
 
@@ -106,7 +104,7 @@ def _wait(process, ready):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_job_is_requeued_and_ends_with_the_results_of_the_uninterrupted_one(job, whole, tmp_path):
+def test_requeued_job_ends_with_the_results_of_the_uninterrupted_one(job, whole, tmp_path):
     out, printed = tmp_path / "runs" / "listops", tmp_path / "printed.txt"
     sent = []
     with printed.open("w") as output:
@@ -115,14 +113,14 @@ def test_job_is_requeued_and_ends_with_the_results_of_the_uninterrupted_one(job,
             _wait(process, lambda: _updates_seen(out) if not sent else (tmp_path / "task").exists())
             task = int((tmp_path / "task").read_text())
             if sent:
-                time.sleep(1)  # wherever it is now: importing, preparing, or training
+                time.sleep(1)  # the task may be importing, preparing, or training
             os.kill(task, number)
             sent.append(number)
             assert process.wait(timeout=200) == (75 if number == signal.SIGUSR1 else process.returncode)
         assert (tmp_path / "requeued").read_text().splitlines()[0] == "requeue 7"
         assert 0 < checkpoint(out)["global_step"] < UPDATES
         assert job(output).wait(timeout=400) == 0  # the same command
-        assert job(output).wait(timeout=200) == 0  # once more: there is nothing to do
+        assert job(output).wait(timeout=200) == 0  # again: nothing is left to do
     assert "preempted by SIGUSR1: update " in printed.read_text()
     assert f"the run in {Path('runs') / 'listops'} is finished" in printed.read_text()
     assert list(out.rglob("hpc_ckpt*")) == []
@@ -131,7 +129,7 @@ def test_job_is_requeued_and_ends_with_the_results_of_the_uninterrupted_one(job,
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_signal_and_then_the_kill_lose_nothing(job, whole, tmp_path):
+def test_signal_followed_by_a_kill_loses_nothing(job, whole, tmp_path):
     out = tmp_path / "runs" / "listops"
     process = job(subprocess.DEVNULL)
     _wait(process, lambda: _updates_seen(out))
@@ -167,7 +165,7 @@ def test_second_of_two_concurrent_starts_is_refused(tmp_path, data):
     assert sorted(process.wait(400) for process in pair.values()) == [0, 2]
     first, second = sorted(pair, key=lambda name: pair[name].returncode)
     assert f"'run' is being written by process {pair[first].pid} on" in (tmp_path / second).read_text()
-    # Without a name each gets a folder of its own, and trains its own seed.
+    # Without --out each start gets its own folder, and trains its own seed.
     processes = [start("seeds", "--spec", "spec.yaml", "--seed", str(seed)) for seed in (0, 1)]
     assert [process.wait(600) for process in processes] == [0, 0]
     folders = sorted((tmp_path / "runs").iterdir())

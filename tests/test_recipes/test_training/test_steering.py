@@ -1,4 +1,4 @@
-"""Trainings whose routers are steered: by a budget, by losses of their decisions, by the number of updates."""
+"""Trainings with steered routers: by a budget, by losses of the decisions, by the number of updates."""
 
 import re
 
@@ -20,7 +20,7 @@ BUDGET = "{target: 0.3, hold: 4, anneal: 10, speed: 0.5}"
 
 
 def test_a_budget_brings_the_rates_to_its_target(data, tmp_path):
-    # Slowly, because a batch of eight expressions says little about the rate; and evaluated at the end alone.
+    # Slow steering, because eight expressions give a noisy rate; evaluated only at the end.
     budget = "{target: 0.3, start: 0.5, anneal: 10, speed: 0.2}"
     summary = train(
         tiny(training__budget=budget, training__updates=120, training__evaluate_every=120), tmp_path, data
@@ -28,8 +28,8 @@ def test_a_budget_brings_the_rates_to_its_target(data, tmp_path):
     assert summary["activation_rate"] == pytest.approx([0.3, 0.3], abs=0.1)
 
 
-def test_a_model_is_the_best_one_only_after_its_rates_have_settled(data, tmp_path, monkeypatch):
-    scores = iter([0.9, 0.5, 0.4])  # before the rate stands at its target, at it, and later
+def test_best_model_is_chosen_only_after_the_rates_have_settled(data, tmp_path, monkeypatch):
+    scores = iter([0.9, 0.5, 0.4])  # before the rate reaches its target, when it does, and later
 
     def scored(self):
         self.log_dict({**self.val_scores.compute("val"), "val_accuracy": next(scores)})
@@ -98,7 +98,7 @@ def test_activation_checkpointing_changes_no_weight(data, tmp_path):
         ),
     ],
 )
-def test_impossible_budgets_and_losses_are_refused(settings, message):
+def test_invalid_budgets_and_losses_are_refused(settings, message):
     with pytest.raises(SpecError, match=re.escape(message)):
         tiny(**settings)
 
@@ -116,7 +116,7 @@ POLICY = {
 
 
 @pytest.mark.parametrize("over", ["each", "total"])
-def test_policy_gradient_begins_when_the_first_rate_is_no_longer_held(data, over):
+def test_policy_gradient_starts_after_the_hold_of_the_budget(data, over):
     spec = tiny(**{**POLICY, "training__budget__over": over})
     module = Classifier(spec.model.build(), spec.training, 10)
     batch = data.collate([data.train[number] for number in range(6)])
@@ -147,7 +147,7 @@ def test_every_row_of_a_pair_has_the_loss_of_its_sample(data):
     torch.testing.assert_close(module.routing_loss(decisions, batch.valid, torch.tensor([1.0, 5.0, 2.0])), wanted)
 
 
-def test_routers_learn_at_a_rate_of_their_own_on_the_same_schedule(data, tmp_path):
+def test_routers_have_their_own_learning_rate_on_the_same_schedule(data, tmp_path):
     seen = []
 
     class Watch(Classifier):

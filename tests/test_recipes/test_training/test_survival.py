@@ -1,4 +1,4 @@
-"""A killed run of any task resumes to the weights of the uninterrupted one, and a full disk is an error message."""
+"""A killed run of any task resumes to the weights of the uninterrupted one, and a full disk gives an error message."""
 
 import errno
 import os
@@ -23,7 +23,7 @@ IMAGES = ("task.data.train=400", "task.data.validation=40", "task.data.test=40")
 
 
 def _shipped(task, *settings):
-    """The small preset of a task with fewer samples in an update, and little to validate on."""
+    """The tiny preset of a task with a short training, small batches, and further settings."""
     training = [f"training.{name}={value}" for name, value in {**TRAINING, "batch_size": 4}.items()]
     return dump_spec(load_experiment(f"{task}_tiny", [*training, *settings]))
 
@@ -43,7 +43,7 @@ EXPERIMENTS = {
 ELSEWHERE = {"listops", "language"}
 
 
-def test_every_task_is_killed():
+def test_every_task_has_a_kill_test():
     assert {*EXPERIMENTS, *ELSEWHERE} == {*kinds("task")}
 
 
@@ -75,8 +75,8 @@ def test_killed_run_resumes_to_the_weights_of_the_uninterrupted_one(task, tmp_pa
             assert same(checkpoint(out, name)[part], checkpoint(tmp_path / "whole", name)[part]), f"{part} of {name}"
 
 
-def _disk_that_is_full_after(monkeypatch, checkpoints):
-    """Let the disk take so many checkpoints; then half of the next one, and nothing more."""
+def _fill_disk_after(monkeypatch, checkpoints):
+    """Fill the disk after so many checkpoints: of every later one, only a half is written."""
     left, write = [checkpoints], callbacks.write_atomically
 
     def limited(path, fill):
@@ -101,7 +101,7 @@ def test_run_resumes_after_a_full_disk(tmp_path, monkeypatch, capsys):
     common = ["--data", str(tmp_path), "--accelerator", "cpu", "--no-progress"]
     assert main(["--spec", str(spec), "--out", str(tmp_path / "whole"), *common]) == 0
     with monkeypatch.context() as patch:
-        _disk_that_is_full_after(patch, 3)  # best and last after 4 updates, and one of those after 8
+        _fill_disk_after(patch, 3)  # best and last after 4 updates, and one of those after 8
         assert main(["--spec", str(spec), "--out", str(out), *common]) == 2
     complaint = capsys.readouterr().err
     assert "No space left on device; the run folder must be writable and have space" in complaint
@@ -113,7 +113,7 @@ def test_run_resumes_after_a_full_disk(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT], ids=["disk", "quota"])
-def test_full_disk_in_other_places_is_an_error_message(tmp_path, monkeypatch, capsys, code):
+def test_full_disk_elsewhere_gives_an_error_message(tmp_path, monkeypatch, capsys, code):
     def full(*_, **__):
         raise OSError(code, os.strerror(code), "metrics.csv")
 

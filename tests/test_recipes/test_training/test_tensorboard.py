@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a finished run: hyper-parameters, results and figures."""
+"""TensorBoard logs of a finished run: hyper-parameters, results and figures."""
 
 from types import SimpleNamespace
 
@@ -45,7 +45,7 @@ def test_figures_are_in_tensorboard(finished, tmp_path):
     assert (image.step, image.width, image.height) == (30, 440, 330)
 
 
-def test_a_broken_figure_is_a_warning(tmp_path, caplog):
+def test_a_broken_figure_gives_a_warning(tmp_path, caplog):
     (tmp_path / "own.png").write_bytes(b"no image")
     logger = TensorBoardLogger(tmp_path, name="", version="")
     log_finished(SimpleNamespace(loggers=[logger], global_step=30), tiny(), {"loss": 0.5}, [tmp_path / "own.png"])

@@ -1,4 +1,4 @@
-"""Windowed attention by either implementation, on the tokens of one layout."""
+"""Windowed attention in one implementation, on tokens in one layout."""
 
 from typing import Any, NamedTuple
 
@@ -32,7 +32,7 @@ def problem(
     dtype: torch.dtype = torch.float64,
     gap: int = 0,
 ) -> Problem:
-    """Random tokens; `gap` is added to all positions of a row but the first five."""
+    """Random tokens; `gap` is added to all positions of a row except the first five."""
     length = max(1, *lengths)
     active = first(lengths, length)
     positions = torch.randint(1, 4, active.shape).cumsum(1) + gap * (torch.arange(length) >= 5)

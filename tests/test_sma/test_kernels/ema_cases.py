@@ -24,11 +24,11 @@ class Inputs(NamedTuple):
 
     @property
     def leaves(self) -> dict[str, Tensor]:
-        """What a gradient is asked for, by name."""
+        """Tensors that require a gradient, by name."""
         return {name: value for name, value in self._asdict().items() if torch.is_tensor(value) and name != "lengths"}
 
     def to(self, dtype: torch.dtype) -> "Inputs":
-        """The same numbers in another dtype, as new leaves."""
+        """The same values in another dtype, as new leaves."""
         return self._replace(**{name: leaf.detach().to(dtype).requires_grad_() for name, leaf in self.leaves.items()})
 
 
@@ -65,7 +65,7 @@ def draw(
 
 
 def run(inputs: Inputs, implementation: Name) -> Averaged:
-    """The operator in one implementation."""
+    """Run the operator in one implementation."""
     x, log_decay, weight, skip, carried, lengths, truncation = inputs
     with use(implementation):
         return ema(x, log_decay, weight, skip, truncation=truncation, carried_BDN=carried, lengths_B=lengths)

@@ -1,4 +1,4 @@
-"""Kernels compile for cards that are not there: no spills, tensor cores, shared memory that fits."""
+"""Kernels compile for GPUs that are not present: no spills, tensor cores, shared memory within the limit."""
 
 import json
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("triton", reason="triton has no wheel for this platform")
 
-# Kernels without a product.
+# Kernels without a matrix product.
 WITHOUT_PRODUCTS = ("lay_out_gradients", "lay_out_values")
 
 
@@ -25,7 +25,7 @@ def compiled(*options: str) -> list[dict[str, Any]]:
 
 
 def assert_fits(rows: list[dict[str, Any]], shared_memory: int) -> None:
-    """Hold compiled kernels to what a card has."""
+    """Assert that compiled kernels neither spill nor exceed the shared memory, and that products use tensor cores."""
     assert [row for row in rows if row["stack"] or row["spills"]] == []
     assert [row for row in rows if row["shared_memory"] > shared_memory] == []
     assert [row for row in rows if not row["tensor"] and row["kernel"] not in WITHOUT_PRODUCTS] == []
@@ -61,7 +61,7 @@ def test_attention_in_exact_float32_compiles() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_the_places_of_tokens_compile_without_spills() -> None:
+def test_the_kernel_that_places_tokens_compiles_without_spills() -> None:
     rows = compiled("--operator", "placing", "--card", "90", "--card", "80")
     assert {row["kernel"] for row in rows} == {"place_tokens"}
     assert [row for row in rows if row["stack"] or row["spills"] or row["atomics"]] == []

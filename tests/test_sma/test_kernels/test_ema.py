@@ -1,4 +1,4 @@
-"""The EMA scan in plain PyTorch against a loop over the tokens, and the operator as PyTorch wants it."""
+"""The EMA scan in plain PyTorch against a loop over the tokens, and the checks of PyTorch for its operator."""
 
 import pytest
 import torch
@@ -17,13 +17,13 @@ directions = pytest.mark.parametrize("directions", [pytest.param(1, id="causal")
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("truncation", [None, 1, 5, CHUNK + 6])
 @directions
-def test_scan_is_the_loop_at_every_number_of_chunks(directions: int, truncation: int | None, length: int) -> None:
+def test_scan_equals_the_loop_for_any_number_of_chunks(directions: int, truncation: int | None, length: int) -> None:
     assert_is_the_loop(draw(2, length, directions=directions, truncation=truncation), "plain")
 
 
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("ragged", [False, True], ids=["whole", "ragged"])
-def test_streams_are_the_loop_at_every_number_of_chunks(ragged: bool, length: int) -> None:
+def test_streams_equal_the_loop_for_any_number_of_chunks(ragged: bool, length: int) -> None:
     lengths = [length, 0, 1, length // 2, length - 1] if ragged else None
     assert_is_the_loop(draw(5, length, streams=True, lengths=lengths), "plain")
 
@@ -37,7 +37,7 @@ def test_streams_are_the_loop_at_every_number_of_chunks(ragged: bool, length: in
     truncation=st.none() | st.integers(1, 2 * CHUNK),
     seed=st.integers(0, 2**16),
 )
-def test_scan_is_the_loop_for_any_sizes(
+def test_scan_equals_the_loop_for_any_sizes(
     rows: int, length: int, channels: int, states: int, directions: int, truncation: int | None, seed: int
 ) -> None:
     inputs = draw(rows, length, channels, states, directions=directions, truncation=truncation, seed=seed)
@@ -46,7 +46,7 @@ def test_scan_is_the_loop_for_any_sizes(
 
 @pytest.mark.parametrize("streams", [False, True], ids=["rows", "streams"])
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0)], ids=["no-rows", "no-tokens"])
-def test_nothing_has_results_and_gradients(shape: tuple[int, int], streams: bool) -> None:
+def test_empty_inputs_give_empty_results_and_zero_gradients(shape: tuple[int, int], streams: bool) -> None:
     inputs = draw(*shape, streams=streams)
     out, end = run(inputs, "plain")
     assert out.shape == (*shape, 3)
@@ -55,7 +55,7 @@ def test_nothing_has_results_and_gradients(shape: tuple[int, int], streams: bool
 
 
 @directions
-def test_rows_that_are_not_contiguous_give_the_same(directions: int) -> None:
+def test_rows_that_are_not_contiguous_give_the_same_results(directions: int) -> None:
     inputs = draw(3, 150, 4, directions=directions)
     turned = inputs.x.detach().permute(1, 2, 0).contiguous().permute(2, 0, 1)
     assert torch.equal(run(inputs._replace(x=turned), "plain").out, run(inputs, "plain").out)
@@ -77,7 +77,7 @@ def test_no_later_input_changes_an_earlier_result_or_another_row(
     assert not torch.equal(after[0, position:, 1], before[0, position:, 1])
 
 
-def test_states_pass_many_chunks_without_loss() -> None:
+def test_states_cross_many_chunks_without_loss_of_precision() -> None:
     # An impulse under a decay of e^-0.001 is still e^-4 after 4000 tokens.
     one = torch.ones(1, 1, 1, dtype=torch.float64)
     x = torch.zeros(1, 4001, 1, dtype=torch.float64)
@@ -98,7 +98,7 @@ def test_extreme_decays_stay_finite(directions: int, log_decay: float) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("as_users_run")  # symbolic sizes are no integers to the shape checker
+@pytest.mark.usefixtures("as_users_run")  # the shape checker refuses symbolic sizes
 @pytest.mark.parametrize(
     ("directions", "streams"), [(1, False), (2, False), (1, True)], ids=["causal", "both", "stream"]
 )
@@ -115,5 +115,5 @@ def test_second_derivatives_are_refused() -> None:
         torch.autograd.grad(run(inputs, "plain").out.sum(), inputs.x, create_graph=True)
 
 
-def test_the_operator_is_known_by_name() -> None:
+def test_the_operator_is_registered_by_name() -> None:
     assert implementation("ema", "cpu").name == "plain"

@@ -1,4 +1,4 @@
-"""The Triton kernels of the EMA scan, in Triton's interpreter where there is no GPU, against a loop over the tokens."""
+"""The Triton kernels of the EMA scan, in Triton's interpreter if there is no GPU, against a loop over the tokens."""
 
 import importlib.util
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ cases = pytest.mark.parametrize("inputs", [pytest.param(inputs, id=name) for nam
 
 @pytest.fixture(autouse=True)
 def _poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """New memory holds NaN, so that a number that no kernel wrote is seen."""
+    """Fill new memory with NaN, so that elements that no kernel writes are detected."""
     monkeypatch.setattr("torch.utils.deterministic.fill_uninitialized_memory", True)
     torch.use_deterministic_algorithms(True)
     yield
@@ -36,12 +36,12 @@ def _poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @cases
-def test_kernels_are_the_loop_in_float64(inputs: Inputs) -> None:
+def test_kernels_equal_the_loop_in_float64(inputs: Inputs) -> None:
     assert_is_the_loop(inputs, "triton")
 
 
 @pytest.mark.parametrize("name", ["truncated", "one chunk of streams"])
-def test_kernels_are_the_loop_in_float32(name: str) -> None:
+def test_kernels_equal_the_loop_in_float32(name: str) -> None:
     assert_is_the_loop(CASES[name].to(torch.float32), "triton", tolerance=1e-6)
 
 
@@ -67,7 +67,7 @@ def test_no_later_input_changes_an_earlier_result_or_another_channel(truncation:
 
 
 @pytest.mark.parametrize("directions", [1, 2], ids=["causal", "bidirectional"])
-def test_a_nan_reaches_what_it_reaches_in_the_plain_implementation(directions: int) -> None:
+def test_a_nan_reaches_the_same_outputs_as_in_the_plain_implementation(directions: int) -> None:
     inputs = draw(2, 19, 2, directions=directions).to(torch.float32)
     with torch.no_grad():
         inputs.x[0, 17, 1] = torch.nan
@@ -76,13 +76,13 @@ def test_a_nan_reaches_what_it_reaches_in_the_plain_implementation(directions: i
 
 
 @pytest.mark.parametrize("log_decay", [-36.0, -1e-7, 0.0])
-def test_extreme_decays_are_the_loop(log_decay: float) -> None:
+def test_extreme_decays_equal_the_loop(log_decay: float) -> None:
     inputs = draw(1, 19, 1, directions=2).to(torch.float32)
     inputs = inputs._replace(log_decay=torch.full_like(inputs.log_decay, log_decay).requires_grad_())
     assert_is_the_loop(inputs, "triton", tolerance=1e-6)
 
 
-def test_two_runs_are_equal_to_the_bit() -> None:
+def test_two_runs_are_bit_equal() -> None:
     inputs = draw(2, 5, 2, directions=2).to(torch.float32)
     one, other = (gradients(run(inputs, "triton"), inputs) for _ in range(2))
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -96,18 +96,18 @@ def test_strides_of_the_rows_do_not_matter() -> None:
     assert all(torch.equal(run(inputs._replace(x=x), "triton").out, wanted) for x in (wide, turned))
 
 
-def test_chunks_are_long_where_there_is_enough_to_do() -> None:
+def test_chunks_are_longer_with_more_rows() -> None:
     assert [chunk_of(rows, 4096, 128) for rows in (1, 2, 8, 50)] == [16, 32, 64, 128]
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("as_users_run")  # symbolic sizes are no integers to the shape checker
+@pytest.mark.usefixtures("as_users_run")  # the shape checker refuses symbolic sizes
 @pytest.mark.parametrize("name", ["bidirectional", "ragged streams"])
 def test_operator_passes_the_checks_of_torch(name: str) -> None:
     torch.library.opcheck(torch.ops.sma.ema.default, (*CASES[name], "triton"))
 
 
-def test_lengths_that_are_a_column_count_the_tokens_of_their_rows() -> None:
+def test_lengths_need_not_be_contiguous() -> None:
     inputs = CASES["ragged streams"]
     assert inputs.lengths is not None
     column = torch.stack([inputs.lengths, torch.ones_like(inputs.lengths)], 1)[:, 0]
@@ -115,7 +115,7 @@ def test_lengths_that_are_a_column_count_the_tokens_of_their_rows() -> None:
     assert_is_the_loop(inputs._replace(lengths=column), "triton")
 
 
-def test_a_decay_that_is_almost_all_keeps_its_share() -> None:
+def test_a_decay_factor_of_e_to_the_minus_30_equals_the_loop() -> None:
     inputs = draw(1, 9, 2)
     inputs = inputs._replace(log_decay=(inputs.log_decay.detach() * 0 - 30.0).requires_grad_())
     assert_is_the_loop(inputs, "triton")

@@ -1,4 +1,4 @@
-"""Sizes of transforms, and the layout of kernels for them."""
+"""Sizes of Fourier transforms, and the layout of kernels for them."""
 
 import torch
 from hypothesis import given
@@ -8,7 +8,7 @@ from sma.kernels.fourier import circular_kernel, fast_length
 from tests.test_modules.test_long_convolution import convolve_loop
 
 
-def test_a_circular_sum_with_the_laid_out_kernel_is_the_convolution() -> None:
+def test_a_circular_sum_with_the_laid_out_kernel_equals_the_convolution() -> None:
     x, ahead, reverse, skip = (torch.randn(shape) for shape in ((2, 7, 3), (3, 5), (3, 5), (3,)))
     circular = circular_kernel(ahead, reverse, skip, 7)
     size = circular.shape[1]
@@ -33,7 +33,7 @@ def test_a_fast_length_is_even_and_has_small_prime_factors(least: int) -> None:
 
 
 @given(least=st.integers(43, 2**21))
-def test_a_fast_length_wastes_a_seventh_at_most(least: int) -> None:
+def test_a_fast_length_wastes_at_most_a_seventh(least: int) -> None:
     assert 7 * fast_length(least) <= 8 * least
 
 

@@ -1,4 +1,4 @@
-"""The choice between implementations, and the gradient of an operator that returns what backward needs."""
+"""The choice between implementations, and the gradient of an operator that returns the tensors for backward."""
 
 import subprocess
 import sys
@@ -93,7 +93,7 @@ def test_an_unknown_name_is_refused(as_users_run: None, scale: Any) -> None:
         pass
 
 
-def test_without_triton_the_reason_is_how_to_install_it(monkeypatch: pytest.MonkeyPatch, scale: Any) -> None:
+def test_without_triton_the_reason_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch, scale: Any) -> None:
     monkeypatch.setattr("sma.kernels.operator._HAS_TRITON", False)
     assert implementation("test_scale", "cuda").name == "plain"
     assert "pip install 'sparse-modular-activation[gpu]'" in implementation("test_scale", "cuda").reason
@@ -112,7 +112,7 @@ def test_importing_operators_imports_no_triton() -> None:
     [pytest.param([0], id="empty"), pytest.param([3, 0, 1], id="short"), pytest.param([80, 0, 1, 33], id="blocks")],
 )
 @pytest.mark.parametrize("causal", [pytest.param(False, id="both-sides"), pytest.param(True, id="causal")])
-def test_torch_counts_the_products_inside_of_windowed_attention(lengths: list[int], causal: bool) -> None:
+def test_torch_counts_the_products_of_windowed_attention(lengths: list[int], causal: bool) -> None:
     given = problem(lengths, 17)
     with FlopCounterMode(display=False) as outside:
         solve("plain", given, 17, causal=causal)
@@ -123,7 +123,7 @@ def test_torch_counts_the_products_inside_of_windowed_attention(lengths: list[in
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
-def test_kernels_are_counted_by_the_pairs_in_reach() -> None:
+def test_operations_of_kernels_are_counted_by_the_pairs_in_reach() -> None:
     pytest.importorskip("triton", reason="triton has no wheel for this platform")
     given = problem([80, 33], 17)
     with FlopCounterMode(display=False) as counter:

@@ -17,11 +17,11 @@ from tests.test_sma.test_kernels.attention import H, P, Problem, Z, assert_close
 
 pytest.importorskip("triton", reason="triton has no wheel for this platform")
 
-# The interpreter computes both sides of a choice with numpy, which warns of the side that is not taken.
+# The interpreter computes both branches of a `where` with numpy, which warns about the unused one.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
 WEIGHTINGS: tuple[Weighting, ...] = ("softmax", "relu2", "laplace")
-# More than two tiles of queries and of keys; rows that cross them, empty, of one token, and longer than the window.
+# More than two tiles of queries and of keys; rows that cross tiles, empty rows, one token, and more than the window.
 LENGTHS, WINDOW = [80, 0, 1, 33, 60, 0], 37
 
 cases = pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_any_tiles_agree_with_the_plain_operator(lengths: list[int], window: int
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_rows_of_holes_alone_give_nothing(layout: Layout) -> None:
+def test_rows_of_holes_only_give_zeros(layout: Layout) -> None:
     given = problem([0, 0, 0], 3, "slot_distance", layout)
     found = solve("triton", given, 3)
     assert not any(value.any() for value in found.values())
@@ -98,7 +98,7 @@ def test_values_in_several_slices_agree_with_the_plain_operator(hidden: int) -> 
 
 
 @pytest.mark.parametrize("gap", [2**30, 2**31 - 1, 2**32 + 1, 2**60])
-def test_positions_however_far_apart_agree_with_the_plain_operator(gap: int) -> None:
+def test_positions_at_any_distance_agree_with_the_plain_operator(gap: int) -> None:
     given = problem([40, 7], 12, "true_distance", gap=gap)
     assert_close(solve("triton", given, 12), solve("plain", given, 12))
 
@@ -126,11 +126,11 @@ def test_other_dtypes_agree_with_float64(dtype: torch.dtype, tolerance: float, w
 def test_operands_of_products_are_rounded_to_tf32(
     weighting: Weighting, causal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tensor cores cut off the last 13 bits. Without rounding the errors are above 1e-3, and up to 2.2e-3."""
+    """Tensor cores truncate the last 13 bits. Without rounding first, errors lie between 1e-3 and 2.2e-3."""
     _cut_operands(monkeypatch)
     monkeypatch.setattr("sma.kernels.gpu.windowed_attention.input_precision", lambda dtype: "tf32")
     given = problem([70, 0, 45], 20, "true_distance", hidden=300, dtype=torch.float32)
-    given.tokens.values[:, : 2 * Z] /= 3  # scores below 1, where no weighting is steep
+    given.tokens.values[:, : 2 * Z] /= 3  # scores below 1, because weightings are steep at larger ones
     wide = _widened(given)
     found = solve("triton", given, 20, causal=causal, weighting=weighting)
     for name, exact in solve("plain", wide, 20, causal=causal, weighting=weighting).items():
@@ -138,7 +138,7 @@ def test_operands_of_products_are_rounded_to_tf32(
 
 
 def _cut_operands(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let products of the interpreter read operands as tensor cores do."""
+    """Make products of the interpreter truncate their operands as tensor cores do."""
     from triton.runtime import interpreter
 
     def cut(operand: Any) -> Any:
@@ -152,10 +152,10 @@ def _cut_operands(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_values_that_are_not_finite_reach_as_far_in_tf32(weighting: Weighting, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_non_finite_values_reach_equal_outputs_in_tf32(weighting: Weighting, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sma.kernels.gpu.windowed_attention.input_precision", lambda dtype: "tf32")
     given = problem([40, 30, 0, 20], 6, "true_distance", dtype=torch.float32)
-    # The last is the NaN of NVIDIA's instructions; adding to its bits makes a small number of it.
+    # The last is the NaN that NVIDIA's instructions return; adding to its bits would give a small number.
     for place, bits in ((50, 0x7F800000), (60, 0x7FFFFFFF)):
         given.tokens.values[place, 2 * Z + 1] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
     found, wanted = (solve(name, given, 6, weighting=weighting) for name in ("triton", "plain"))
@@ -176,7 +176,7 @@ def test_values_that_are_not_finite_reach_as_far_in_tf32(weighting: Weighting, m
         ("v", torch.inf, False),
     ],
 )
-def test_what_is_not_finite_reaches_what_it_reaches_in_the_plain_operator(
+def test_non_finite_values_reach_the_same_outputs_as_in_the_plain_operator(
     weighting: Weighting, causal: bool, part: str, bad: float
 ) -> None:
     given = problem([40, 30, 0, 20], 6, "true_distance")
@@ -191,7 +191,7 @@ def test_what_is_not_finite_reaches_what_it_reaches_in_the_plain_operator(
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_broken_values_give_the_gradients_of_the_plain_operator_where_those_are_finite(weighting: Weighting) -> None:
+def test_non_finite_values_give_the_finite_gradients_of_the_plain_operator(weighting: Weighting) -> None:
     given = problem([40, 30], 6)
     given.tokens.values[50, -1] = torch.nan
     found, wanted = (solve(name, given, 6, weighting=weighting) for name in ("triton", "plain"))
@@ -218,7 +218,7 @@ def test_deterministic_gradient_of_the_table_agrees(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_backward_drops_the_weights_that_forward_dropped(weighting: Weighting) -> None:
-    """The output is linear in the values, and so is its derivative: both see the same weights."""
+    """Gradients agree with finite differences under one seed, so backward drops the same weights as forward."""
     given = problem([50, 20], 12, "slot_distance")
     bias = given.bias
 
@@ -247,7 +247,7 @@ def test_backward_drops_the_weights_that_forward_dropped(weighting: Weighting) -
 def test_dropped_weights_are_zero_and_the_others_grow() -> None:
     tokens = lay(torch.zeros(1, 90, 2 * Z + H, dtype=torch.float64), first([90], 90), "packed")
     q, k = torch.zeros(2, 90, Z, dtype=torch.float64)
-    v = torch.eye(90, dtype=torch.float64)  # equal scores: a result is the row of weights
+    v = torch.eye(90, dtype=torch.float64)  # with equal scores a result is the row of weights
     with use("triton"):
         weights = attend(q, k, v, tokens, window=100, causal=False, dropout=0.25)
         others = attend(q, k, v, tokens, window=100, causal=False, dropout=0.25)
@@ -281,8 +281,8 @@ def test_a_cpu_uses_the_plain_operator() -> None:
 
 
 @pytest.mark.parametrize("part", ["q", "k", "v", "incoming"])
-def test_the_largest_numbers_stay_where_they_are_in_tf32(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
-    """They do not round to infinity, which reaches every pair of a tile."""
+def test_the_largest_floats_never_spread_in_tf32(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+    """The largest floats do not round to infinity, which would reach every pair of a tile."""
     given = problem([40], 3, dtype=torch.float32)
     values, incoming = given.tokens.values.clone(), given.incoming.clone()
     column = {"q": 0, "k": Z, "v": 2 * Z}.get(part)
@@ -296,7 +296,7 @@ def test_the_largest_numbers_stay_where_they_are_in_tf32(monkeypatch: pytest.Mon
         assert value[far].isfinite().all(), name
 
 
-def test_a_table_that_is_a_column_gives_what_its_copy_gives() -> None:
+def test_a_table_need_not_be_contiguous() -> None:
     given = problem([9, 4], 3, "slot_distance")
     assert given.bias is not None
     column = torch.stack([given.bias.table.detach(), torch.full_like(given.bias.table, 7.0)], 1)[:, 0].requires_grad_()

@@ -1,4 +1,4 @@
-"""One router of every kind, and of the kinds with settings that matter several."""
+"""One router of every kind, and several of the kinds whose settings matter."""
 
 from collections.abc import Callable, Sequence
 
@@ -45,7 +45,7 @@ SPECS: dict[str, RouterSpec] = {
     "random": RandomRouterSpec(rate=0.6),
 }
 
-# For each steerable kind, the row of the weights that scores sub-module m for on.
+# For each steerable kind, the row of the weights that gives the score of sub-module m for on.
 ON_ROW: dict[str, Callable[[int], int]] = {
     "sma": lambda m: 2 * m + 1,
     "gumbel": lambda m: 2 * m + 1,
@@ -58,7 +58,7 @@ ON_ROW: dict[str, Callable[[int], int]] = {
 
 
 def routers(wanted: Callable[[RouterSpec], bool] = lambda spec: True) -> pytest.MarkDecorator:
-    """Try a test on all specs, or on some."""
+    """Parametrise a test over all specs, or over some."""
     return pytest.mark.parametrize(
         "spec", [pytest.param(spec, id=name) for name, spec in SPECS.items() if wanted(spec)]
     )
@@ -85,14 +85,12 @@ def is_causal(spec: RouterSpec) -> bool:
 
 
 def looks_at_the_score(spec: RouterSpec) -> bool:
-    """Whether each of its sub-modules is switched by itself, by a score of its own, the same in training and in
-    evaluation.
-    """
+    """Whether a separate score switches each sub-module, in training as in evaluation."""
     return spec.kind in ("sma", "threshold")
 
 
 def router(spec: RouterSpec, width: int = 5, names: Sequence[str] = NAMES, *, seed: int = 3) -> Router:
-    """A router in float64 with spread parameters and score biases, in training, where some draw."""
+    """A router in float64 with random parameters and score biases, in training mode, in which some kinds sample."""
     built = spec.build(width, names).double()
     spread(built, seed=seed)
     if isinstance(built, SteerableRouter):
@@ -101,15 +99,16 @@ def router(spec: RouterSpec, width: int = 5, names: Sequence[str] = NAMES, *, se
 
 
 def scored(spec: RouterSpec, width: int = 5, names: Sequence[str] = NAMES) -> LinearRouter:
-    """The same for kinds with weights."""
+    """The same as `router`, for kinds with weights."""
     built = router(spec, width, names)
     assert isinstance(built, LinearRouter)
     return built
 
 
 def token_with_scores(part: LinearRouter, scores: Sequence[float]) -> Tensor:
-    """A control state `(1, 1, D)` to which a router with fewer choices than channels gives these scores, score biases
-    aside.
+    """A control state `(1, 1, D)` to which a router gives these scores without score biases.
+
+    The router must have fewer choices than channels.
     """
     wanted = torch.tensor(scores, dtype=torch.float64) - part.bias.detach()
     token = torch.linalg.pinv(part.weight.detach()) @ wanted
@@ -124,7 +123,7 @@ def clear_score_bias(part: Router) -> None:
 
 
 def same(found: Decision, wanted: Decision, at: Tensor | None = None) -> None:
-    """Equal to the last bit, at some positions or all."""
+    """Assert that two decisions are bit-equal, at some positions or at all."""
     for name in FIELDS:
         one, other = getattr(found, name), getattr(wanted, name)
         assert torch.equal(one if at is None else one[at], other if at is None else other[at]), name

@@ -18,7 +18,7 @@ from tests.test_sma.test_routers.each import NAMES, clear_score_bias, router, sa
 
 class TestExclusive:
     @pytest.mark.parametrize("chosen", [None, 0, 1, 2])
-    def test_every_single_one_and_none_is_chosen_by_some_token(self, chosen):
+    def test_each_single_sub_module_and_none_is_chosen_by_some_token(self, chosen):
         part = scored(ExclusiveRouterSpec())
         clear_score_bias(part)
         best = 0 if chosen is None else chosen + 1
@@ -39,14 +39,14 @@ class TestExclusive:
             pytest.param([1.0, 1.0, 1.0, 1.0], id="of all"),
         ],
     )
-    def test_ties_of_the_best_run_nothing(self, scores):
+    def test_ties_between_the_best_scores_run_nothing(self, scores):
         part = ExclusiveRouterSpec().build(5, NAMES)
         with torch.no_grad():
             part.weight.zero_()
             part.bias.copy_(torch.tensor(scores))
         assert not part(torch.zeros(1, 2, 5))[0].active.any()
 
-    def test_the_logits_are_the_best_of_the_other_scores_and_the_own(self):
+    def test_the_logits_are_the_best_other_score_and_the_own_one(self):
         part = router(ExclusiveRouterSpec())
         control = normal(2, 9, 5)
         scores = part._scores(control)
@@ -93,7 +93,7 @@ class TestTopK:
             for subset in _subsets(k, skips)
         ],
     )
-    def test_every_k_subset_is_chosen_by_some_token_and_with_skips_smaller_ones(self, k, skips, subset):
+    def test_every_k_subset_is_chosen_by_some_token_and_smaller_ones_with_skips(self, k, skips, subset):
         part = scored(TopKRouterSpec(k=k, skips=skips), width=7)
         clear_score_bias(part)
         chosen = [m in subset for m in range(3)] + [skip < k - len(subset) for skip in range(skips)]
@@ -118,7 +118,7 @@ class TestTopK:
         with torch.no_grad():
             part.weight.zero_()
             part.bias.copy_(torch.tensor(scores))
-        best = sorted(range(5), key=lambda choice: -scores[choice])[:k]  # sorted keeps the order of equal ones
+        best = sorted(range(5), key=lambda choice: -scores[choice])[:k]  # sorted is stable
         assert part(torch.zeros(2, 3, 4))[0].active.tolist() == [[[m in best for m in range(3)]] * 3] * 2
 
     def test_confidence_is_the_share_of_the_softmax_over_skips_too(self):
@@ -127,7 +127,7 @@ class TestTopK:
         scores = control @ part.weight.T + part.bias
         near(part(control)[0].confidence, (scores / part.log_temperature.exp()).softmax(-1)[..., :3])
 
-    def test_more_choices_than_there_are_is_refused(self):
+    def test_more_choices_than_sub_modules_and_skips_are_refused(self):
         sentence = "TopKRouterSpec: k=5 is more than the 3 sub-modules and skips=1 to choose from; lower k"
         with pytest.raises(SpecError, match=exactly(sentence)):
             TopKRouterSpec(k=5, skips=1).build(5, NAMES)
@@ -151,7 +151,7 @@ class TestTopK:
             (2, 2, [0.0] * 3),
         ],
     )
-    def test_targets_that_sum_to_what_is_chosen_can_be_reached(self, k, skips, rates):
+    def test_targets_that_sum_to_the_number_of_choices_can_be_reached(self, k, skips, rates):
         router(TopKRouterSpec(k=k, skips=skips)).check_targets(dict(zip(NAMES, rates, strict=True)))
 
     @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ class TestTopK:
             ),
         ],
     )
-    def test_targets_that_sum_to_something_else_are_refused(self, k, skips, rates, said):
+    def test_targets_with_another_sum_are_refused(self, k, skips, rates, said):
         with pytest.raises(InputError, match=f"the rates of this top_k router {said}"):
             router(TopKRouterSpec(k=k, skips=skips)).check_targets(dict(zip(NAMES, rates, strict=True)))
 
@@ -181,7 +181,7 @@ class TestTopK:
             (2, 1, {"mlp": 0.0}),
         ],
     )
-    def test_sub_modules_without_a_target_make_up_the_sum(self, k, skips, targets):
+    def test_sub_modules_without_a_target_complete_the_sum(self, k, skips, targets):
         router(TopKRouterSpec(k=k, skips=skips)).check_targets(targets)
 
     @pytest.mark.parametrize(
@@ -200,13 +200,13 @@ class TestTopK:
             (1, {"attention": 0.8, "mlp": 0.7}, "sum to 1, but the targets .* to 1.5$"),
         ],
     )
-    def test_targets_that_the_others_cannot_make_up_are_refused(self, k, targets, said):
+    def test_targets_that_the_other_rates_cannot_complete_are_refused(self, k, targets, said):
         with pytest.raises(InputError, match=f"the rates of this top_k router {said}"):
             router(TopKRouterSpec(k=k)).check_targets(targets)
 
 
 class TestExpertChoice:
-    def test_tokens_without_a_number_leave_the_capacity_to_the_others(self):
+    def test_nan_tokens_leave_the_capacity_to_the_others(self):
         part, control = router(ExpertChoiceRouterSpec(share=0.4)), normal(3, 9, 5)
         broken = torch.rand(3, 9, generator=generator(1)) < 0.5
         broken[2] = True
@@ -224,7 +224,7 @@ class TestExpertChoice:
     @pytest.mark.parametrize(
         ("share", "length", "taken"), [(0.07, 100, 7), (0.1, 30, 3), (1e-12, 5, 1), (1.0, 7, 7), (0.5, 0, 0)]
     )
-    def test_rounding_takes_no_token_too_many_and_at_least_one(self, share, length, taken):
+    def test_the_share_is_rounded_up_without_rounding_errors(self, share, length, taken):
         active = (
             ExpertChoiceRouterSpec(share=share).build(5, NAMES)(normal(1, length, 5, dtype=torch.float32))[0].active
         )
@@ -238,7 +238,7 @@ class TestExpertChoice:
         valid = torch.tensor([[True, True, True, True, False, True, True]])
         assert part(control, valid)[0].active[0, :, 0].tolist() == [True, True, True, False, False, False, False]
 
-    def test_taken_tokens_are_those_whose_score_is_above_the_middle(self):
+    def test_active_tokens_are_those_whose_score_for_on_is_larger(self):
         part = router(ExpertChoiceRouterSpec(share=0.4))
         for valid in (None, torch.rand(3, 9) < 0.7):
             decision = part(normal(3, 9, 5), valid)[0]

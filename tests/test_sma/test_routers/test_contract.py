@@ -1,4 +1,4 @@
-"""The contract of routers, beyond the laws of the conformance kit."""
+"""The contract of routers in addition to the laws of the conformance kit."""
 
 import math
 
@@ -24,7 +24,7 @@ from tests.test_sma.test_routers.each import (
 )
 
 
-def test_these_tests_know_every_router():
+def test_every_router_is_tested():
     assert {kind for kind, spec in kinds("router").items() if spec.__module__.startswith("sma.")} == {
         spec.kind for spec in SPECS.values()
     }
@@ -32,7 +32,7 @@ def test_these_tests_know_every_router():
 
 class TestIndependence:
     @routers()
-    def test_control_state_that_is_not_contiguous_gives_the_same_decision(self, spec):
+    def test_a_control_state_that_is_not_contiguous_gives_the_same_decision(self, spec):
         part, control = router(spec), normal(2, 7, 5)
         for other in strided(control):
             for name in FIELDS:
@@ -73,7 +73,7 @@ class TestStreams:
 class TestNumerics:
     @routers()
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    def test_autocast_does_not_reach_the_scores(self, spec, dtype):
+    def test_autocast_never_changes_the_scores(self, spec, dtype):
         part, control = spec.build(64, NAMES), normal(2, 9, 64, dtype=torch.float32)
         plain = part(control)[0]
         with torch.autocast("cpu", dtype=dtype):
@@ -93,7 +93,7 @@ class TestNumerics:
         assert all(gradient.isfinite().all() for gradient in gradients(decision.confidence, part.parameters()))
 
     @routers(is_learned)
-    def test_a_token_that_is_no_number_runs_nothing(self, spec):
+    def test_a_nan_token_runs_nothing(self, spec):
         part, control = router(spec), normal(2, 9, 5)
         control[:, 4, 1] = math.nan
         decision = part(control)[0]
@@ -103,7 +103,7 @@ class TestNumerics:
     @routers()
     @pytest.mark.parametrize("modules", [0, 1, 3])
     @pytest.mark.parametrize("shape", [(0, 0), (0, 4), (2, 0), (1, 1), (2, 3)])
-    def test_nothing_to_decide_is_decided(self, spec, modules, shape):
+    def test_empty_batches_and_no_sub_modules_give_empty_decisions(self, spec, modules, shape):
         if modules and spec.kind == "top_k" and spec.k > modules + spec.skips:
             modules = 3
         part = spec.build(5, NAMES[:modules])
@@ -138,13 +138,13 @@ class TestSpecs:
         assert spec.macs_per_token(5, modules) == (part.weight.numel() if is_learned(spec) else 0)
 
     @routers(is_learned)
-    def test_weights_start_from_a_cut_normal_distribution_and_biases_at_zero(self, spec):
+    def test_initial_weights_are_truncated_normal_and_biases_zero(self, spec):
         part = spec.build(2000, NAMES)
         assert part.weight.abs().max() <= 0.04
         assert part.weight.std().item() == pytest.approx(0.0176, abs=0.0006)  # 0.02 cut at 2 standard deviations
         assert not part.bias.any()
 
-    def test_a_spec_must_say_what_it_builds(self):
+    def test_a_spec_must_define_build_and_num_parameters(self):
         class Idle(RouterSpec):
             kind: str = "idle"
 
@@ -154,7 +154,7 @@ class TestSpecs:
             Idle().num_parameters(5, 3)
         assert Idle().macs_per_token(5, 3) == 0
 
-    def test_a_spec_with_the_former_name_of_macs_per_token_is_told_the_present_one(self):
+    def test_a_spec_with_the_former_name_of_macs_per_token_gets_the_present_one(self):
         class FormerSpec(RouterSpec):
             kind: str = "former"
 
@@ -164,13 +164,13 @@ class TestSpecs:
         with pytest.raises(TypeError, match=r"^FormerSpec\.operations\(self, width, modules\) is now macs_per_token"):
             FormerSpec().macs_per_token(5, 3)
 
-    def test_a_router_must_say_how_it_decides(self):
+    def test_a_router_must_define_forward(self):
         with pytest.raises(
             TypeError, match=exactly("Router must define forward(self, control_BLD, valid, positions, state=None)")
         ):
             Router(NAMES)(normal(1, 1, 5))
 
-    def test_advance_means_nothing_to_most_routers(self):
+    def test_set_step_changes_nothing_without_a_schedule(self):
         part, control = router(SMARouterSpec()), normal(1, 9, 5)
         before = part(control)[0]
         part.set_step(7)

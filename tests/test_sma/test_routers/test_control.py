@@ -1,4 +1,4 @@
-"""The convolution over control states that the router `sma` may have: against a loop, in streams, and in models."""
+"""The optional convolution over control states of the router `sma`: against a loop, in streams, and in models."""
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ def convolved(conv: ControlConv, control: Tensor, valid: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("taps", [2, 4, 9])
-def test_scores_are_those_of_the_convolved_control_states(taps):
+def test_scores_are_computed_from_the_convolved_control_states(taps):
     part, plain = router(taps), router(None)
     plain.load_state_dict({name: value for name, value in part.state_dict().items() if not name.startswith("conv.")})
     control, valid = normal(3, 7, WIDTH), torch.rand(3, 7) < 0.7
@@ -71,17 +71,17 @@ def test_scores_are_those_of_the_convolved_control_states(taps):
 
 @pytest.mark.usefixtures("as_users_run")
 @pytest.mark.parametrize("taps", [2, 4])
-def test_it_keeps_the_contract(taps):
+def test_a_router_with_a_convolution_keeps_the_contract(taps):
     check_router(SMARouterSpec(control_conv=taps, temperature_scale=0.3, gate="margin"), effort=6)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("as_users_run")
-def test_a_model_with_it_keeps_the_contract():
+def test_a_model_with_a_convolution_keeps_the_contract():
     check_model(sma.load_spec(MODEL), effort=4)
 
 
-def test_without_it_specs_weights_and_draws_are_as_before():
+def test_the_convolution_changes_no_other_initial_weights():
     assert SMARouterSpec().control_conv is None
     weights: list[Tensor] = []
     for taps in (None, 4):
@@ -120,7 +120,7 @@ def test_a_convolution_of_no_or_too_many_tokens_is_refused(taps):
         sma.load_spec({"kind": "sma", "control_conv": taps}, "router")
 
 
-def test_its_macs_are_elementwise_and_those_of_the_scores_are_matrix_products():
+def test_macs_of_the_convolution_are_elementwise_and_those_of_the_scores_matmul():
     with_it, without = sma.load_spec(MODEL), sma.load_spec(MODEL, overrides={"layers.layer.router.control_conv": None})
     found, plain = with_it.macs(10), without.macs(10)
     assert found.matmul == plain.matmul
@@ -133,7 +133,7 @@ def test_its_macs_are_elementwise_and_those_of_the_scores_are_matrix_products():
     assert 10 * scored == counter.get_total_flops() / 2
 
 
-def test_decisions_of_a_model_with_it_are_replayed():
+def test_decisions_of_a_model_with_a_convolution_are_replayed():
     model = sma.build(sma.load_spec(MODEL), seed=0).double()
     for parameter in model.parameters():
         nn.init.normal_(parameter)

@@ -1,4 +1,4 @@
-"""Draws depend only on their keys."""
+"""Random draws depend on their keys only."""
 
 import pytest
 import torch
@@ -50,13 +50,13 @@ def test_streams_draw_by_the_numbers_of_their_rows():
 
 
 @pytest.mark.parametrize("rows", [torch.tensor([True, False]), torch.tensor([1])])
-def test_a_stream_that_begins_again_keeps_its_row(rows):
+def test_a_stream_that_is_reset_keeps_its_row_number(rows):
     state = RandomState(torch.tensor([3, 8]))
     assert same_bits(state.reset(rows), state)
 
 
 @pytest.mark.parametrize("kind", [{"kind": "random", "rate": 0.5}, {"kind": "bernoulli"}, {"kind": "gumbel"}])
-def test_layers_of_a_model_draw_by_themselves_and_a_router_alone_as_the_first(kind):
+def test_layers_draw_independently_and_a_single_router_draws_as_layer_0(kind):
     layer = {"router": kind, "modules": {"mlp": {"kind": "identity"}}, "bypass": "identity", "activation": "none"}
     spec = {
         "kind": "sequence_encoder",
@@ -67,7 +67,7 @@ def test_layers_of_a_model_draw_by_themselves_and_a_router_alone_as_the_first(ki
     model = load_spec(spec).build()
     routers = [part.routed.router for part in model.routed_layers if part.routed is not None]
     assert [router.layer_index for router in routers] == [1, 2]
-    control = torch.zeros(2, 400, 4)  # every score is 0, so the draws decide alone
+    control = torch.zeros(2, 400, 4)  # every score is 0, so only the draws decide
     first, second, alone = (
         router(control)[0].active for router in (*routers, load_spec(kind, "router").build(4, ["mlp"]))
     )

@@ -1,4 +1,4 @@
-"""The router that tries: what it reverses, what reaches it from tokens that are off, and what it learns from trials."""
+"""The exploring router: its trials, which reverse decisions, its gradients from inactive tokens, and its training."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def router(**fields: float) -> ExploreRouter:
 
 
 @pytest.mark.parametrize("tries", [0.02, 0.2])
-def test_in_training_it_reverses_that_share_of_the_decisions_of_sma_and_none_in_evaluation(tries):
+def test_trials_reverse_their_share_of_the_decisions_of_sma_in_training_only(tries):
     part, control = router(tries=tries), normal(50, 200, WIDTH)
     plain = SMARouterSpec(temperature_scale=0.3).build(WIDTH, ["mlp"]).double()
     plain.load_state_dict({name: value for name, value in part.state_dict().items() if name != "updates"})
@@ -48,21 +48,21 @@ def test_a_router_without_active_tokens_still_learns_from_its_trials():
     assert decision.confidence.max() < 0.5
 
 
-def test_losses_of_the_rate_have_the_gradient_of_the_probability():
+def test_losses_of_the_rate_give_gradients_through_the_probability():
     part, control = router(tries=0.1), normal(4, 50, WIDTH)
     budget_loss([part.train()(control)[0]], 0.9).backward()
     assert part.weight.grad.any()
 
 
-def test_a_token_that_is_not_a_number_is_not_tried():
+def test_a_nan_token_is_never_tried():
     part = router(tries=0.49)
     control = normal(4, 50, WIDTH).masked_fill(torch.rand(4, 50, 1) < 0.5, torch.nan)
     assert not part.train()(control)[0].active[control[..., 0].isnan()].any()
 
 
 @pytest.mark.parametrize("start", [-2.0, 2.0], ids=["all off", "all on"])
-def test_trials_teach_what_a_token_is_worth_to_others(start):
-    """Half of the tokens lower the loss of their row if they are active, though their own results are not used."""
+def test_trials_find_the_tokens_that_lower_the_loss_of_their_row(start):
+    """Half of the tokens lower the loss of their row if they are active; the loss does not use their own results."""
     torch.manual_seed(0)
     part = ExploreRouterSpec(tries=0.1).build(2, ["mlp"]).train()
     with torch.no_grad():
@@ -91,7 +91,7 @@ def test_a_budget_holds_its_rate():
     assert part.eval()(control)[0].rate().item() == pytest.approx(0.3, abs=0.02)
 
 
-def test_a_stream_tries_what_the_whole_tries():
+def test_a_stream_tries_the_same_tokens_as_the_whole():
     part, control = router(tries=0.3).train(), normal(3, 20, WIDTH)
     whole, state, parts = part(control)[0].active, part.init_state(3), []
     for start in range(0, 20, 6):
@@ -102,12 +102,12 @@ def test_a_stream_tries_what_the_whole_tries():
 
 
 @pytest.mark.parametrize("tries", [0.0, 0.5, -1.0])
-def test_a_share_that_is_none_is_refused(tries: float) -> None:
+def test_an_impossible_share_of_trials_is_refused(tries: float) -> None:
     with pytest.raises(SpecError, match="tries"):
         sma.load_spec({"kind": "explore", "tries": tries}, "router")
 
 
-def test_results_are_weighted_by_the_probability_also_where_it_is_below_one_half() -> None:
+def test_results_are_weighted_by_the_probability_even_below_one_half() -> None:
     part = router(tries=0.3).train()
     double = sma.TokenWise(torch.nn.Identity())
     routed = sma.SparseModularActivation(part, {"mlp": double})

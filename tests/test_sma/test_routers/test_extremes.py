@@ -1,4 +1,4 @@
-"""Routers at extreme temperatures and scores: the scores decide, and every rate can be reached."""
+"""Routers at extreme temperatures and scores: the scores decide, and every rate is reachable."""
 
 import math
 from collections.abc import Iterable
@@ -66,7 +66,7 @@ def _assert_the_scores_decided(router: Router, control: Tensor, valid: Tensor | 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("scale", [1e-30, 1e-6, 1.0, 1e6, 1e30])
 @pytest.mark.parametrize("name", ROUTERS)
-def test_active_is_where_the_score_for_on_is_above_that_for_off(name, scale, temperature):
+def test_tokens_are_active_if_the_score_for_on_is_larger(name, scale, temperature):
     control = torch.randn(3, 200, 8, generator=generator(1))
     valid = torch.arange(200) < torch.tensor([[200], [7], [0]])
     router = _router(name, scale, temperature)
@@ -81,14 +81,14 @@ def test_active_is_where_the_score_for_on_is_above_that_for_off(name, scale, tem
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("name", ROUTERS)
-def test_so_it_is_in_every_dtype(name, dtype, temperature):
+def test_tokens_are_active_if_the_score_for_on_is_larger_in_every_dtype(name, dtype, temperature):
     router = _router(name, 1.0, temperature, dtype)
     _assert_the_scores_decided(router, torch.randn(3, 200, 8, generator=generator(1)).to(dtype))
 
 
 @pytest.mark.parametrize("name", ROUTERS)
-def test_a_score_one_rounding_above_another_decides(name):
-    """Adjacent floats: equal after the softmax, and without a value in between."""
+def test_scores_that_differ_by_one_rounding_step_decide(name):
+    """Adjacent floats are equal after the softmax, and no value lies between them."""
     router = _router(name, 0.0, 1e4 if name in TEMPERED else 1.0)
     above = float(torch.nextafter(torch.tensor(1.0), torch.tensor(2.0)))
     with torch.no_grad():
@@ -111,7 +111,7 @@ def test_equal_scores_are_inactive_at_every_temperature(name, temperature):
 
 
 @pytest.mark.parametrize("name", ROUTERS)
-def test_infinite_scores_decide_and_nan_does_not(name):
+def test_infinite_scores_decide_and_nan_scores_are_inactive(name):
     router = _router(name)
     with torch.no_grad():
         router.bias[-1] = math.inf
@@ -126,7 +126,7 @@ def test_infinite_scores_decide_and_nan_does_not(name):
 
 
 class _Routed(torch.nn.Module):
-    """A routed layer alone, as a module of a user."""
+    """A third-party module with one routed layer."""
 
     def __init__(self, router: Router) -> None:
         super().__init__()
@@ -145,8 +145,9 @@ STEERED = {name: 0.2 for name in ROUTERS if name not in ("expert_choice", "top_k
 
 
 def _cases(names: Iterable[str], scales: tuple[float, ...]) -> list[tuple[str, float, float]]:
-    """Router, scale and temperature, where it has one. Next to a threshold of 6.9 float32 does not tell differences of
-    1e-10 apart.
+    """Router, scale and temperature, if it has one.
+
+    Near a threshold of 6.9, float32 cannot represent differences of 1e-10.
     """
     every = ((name, scale, temperature) for name in names for scale in scales for temperature in TEMPERATURES)
     return [
@@ -158,7 +159,7 @@ def _cases(names: Iterable[str], scales: tuple[float, ...]) -> list[tuple[str, f
 def test_calibrate_reaches_its_target(name, scale, temperature):
     model = _Routed(_router(name, scale, temperature))
     data = [torch.randn(4, 500, 8, generator=generator(seed)) for seed in (1, 2)]
-    # Competing sub-modules take tokens from each other, so each pass goes a part of the way.
+    # Competing sub-modules take tokens from each other, so each pass makes only partial progress.
     reached = calibrate(model, data, STEERED[name], tolerance=0.01, passes=8 if name in (*OTHERS, "sma") else 16)
     assert reached.rates[0].tolist() == pytest.approx([STEERED[name]] * 3, abs=0.01)
 

@@ -1,4 +1,4 @@
-"""Routers that do not learn."""
+"""Routers without parameters."""
 
 import math
 
@@ -27,7 +27,7 @@ class TestFixed:
         assert (decision.p_on == 0).all()
 
     @pytest.mark.parametrize("spec", [AlwaysRouterSpec(), NeverRouterSpec(), RandomRouterSpec(rate=0.3)])
-    def test_scores_say_the_probability(self, spec):
+    def test_the_softmax_of_the_logits_is_the_probability(self, spec):
         decision = spec.build(5, NAMES)(normal(2, 3, 5))[0]
         torch.testing.assert_close(decision.logits.softmax(-1)[..., 1], decision.p_on)
 
@@ -38,7 +38,7 @@ class TestRandom:
         return router(torch.zeros(rows, positions.shape[-1], 2), None, positions.expand(rows, -1))[0].active
 
     @given(cut=st.integers(0, 40), seed=st.integers(0, 2**31 - 1))
-    def test_chunks_are_decided_as_the_whole_is(self, cut, seed):
+    def test_chunks_are_decided_as_the_whole(self, cut, seed):
         whole = self._active(torch.arange(40), rows=2, seed=seed)
         parts = [self._active(part, rows=2, seed=seed) for part in (torch.arange(cut), torch.arange(cut, 40))]
         assert torch.equal(torch.cat(parts, dim=1), whole)
@@ -55,13 +55,13 @@ class TestRandom:
         router = RandomRouterSpec(rate=0.5).build(2, NAMES)
         assert torch.equal(router(normal(3, 40, 2))[0].active, router(normal(3, 40, 2, seed=1))[0].active)
 
-    def test_more_rows_or_sub_modules_leave_the_others_alone(self):
+    def test_more_rows_or_sub_modules_never_change_the_others(self):
         few, many = self._active(torch.arange(40), rows=2, names=NAMES[:2]), self._active(torch.arange(40), rows=5)
         assert torch.equal(many[:2, :, :2], few)
 
     @pytest.mark.parametrize("seed", [0, 1, 2**31 - 1])
     @pytest.mark.parametrize("rate", [0.01, 0.1, 0.5, 0.9])
-    def test_rate_is_near_the_asked_rate(self, rate, seed):
+    def test_rate_is_near_the_requested_rate(self, rate, seed):
         count = 20000
         active = self._active(torch.arange(count // 2) + 10**6, rows=2, rate=rate, seed=seed)
         bound = 4.5 * math.sqrt(rate * (1 - rate) / count)

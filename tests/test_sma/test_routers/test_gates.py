@@ -1,4 +1,4 @@
-"""The gates of the router `sma`: the confidence of a choice, its gradient, and where the rate starts."""
+"""The gates of the router `sma`: the confidence of a choice, its gradient, and the initial rate."""
 
 import math
 from collections.abc import Callable
@@ -36,7 +36,7 @@ def router(gate: str, **fields: float) -> SMARouter:
 
 
 @gates
-def test_confidence_and_its_gradient_are_those_of_the_formula(gate):
+def test_confidence_and_its_gradient_agree_with_the_formula(gate):
     part, control = router(gate), normal(3, 7, WIDTH).requires_grad_()
     decision = part(control)[0]
     value, slope = GATES[gate]
@@ -73,13 +73,13 @@ def test_decisions_do_not_depend_on_the_gate(gate):
 @pytest.mark.usefixtures("as_users_run")
 @gates
 def test_every_gate_keeps_the_contract(gate):
-    # The gradient of a straight-through confidence, which is constant, is not its derivative.
+    # A straight-through confidence is constant, so its gradient is not its derivative.
     exempt = ["gradients_are_right"] if gate == "straight_through" else []
     check_router(SMARouterSpec(gate=gate, temperature_scale=0.3, initial_bias=0.5), effort=4, exempt=exempt)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_with_everything_active_a_straight_through_layer_is_the_dense_one_bit_by_bit(dtype):
+def test_with_everything_active_a_straight_through_layer_equals_the_dense_one(dtype):
     torch.manual_seed(0)
     mlp = nn.Sequential(nn.Linear(WIDTH, 16), nn.GELU(), nn.Linear(16, WIDTH)).to(dtype)
     spec = SMARouterSpec(gate="straight_through", initial_bias=50.0)
@@ -109,6 +109,6 @@ def test_the_initial_bias_changes_no_draw_of_the_weights():
 
 
 @pytest.mark.parametrize("fields", [{"gate": "margn"}, {"initial_bias": math.inf}, {"initial_bias": 1e3}])
-def test_a_gate_or_a_bias_that_is_none_is_refused(fields):
+def test_an_impossible_gate_or_bias_is_refused(fields):
     with pytest.raises(SpecError, match=next(iter(fields))):
         sma.load_spec({"kind": "sma", **fields}, "router")

@@ -123,7 +123,7 @@ class TestGumbel:
 
     @pytest.mark.parametrize("seed", [0, 7])
     @pytest.mark.parametrize("score", [-4.0, -0.5, 0.0, 1.0, 3.0])
-    def test_rate_is_the_sigmoid_of_the_score_for_on_over_off(self, score, seed):
+    def test_rate_is_the_sigmoid_of_the_score_for_on_minus_off(self, score, seed):
         count, wanted = 20000, 1 / (1 + math.exp(-score))
         part = GumbelRouterSpec(seed=seed).build(5, NAMES)
         bound = 4.5 * math.sqrt(wanted * (1 - wanted) / count)
@@ -169,14 +169,14 @@ class TestGumbel:
             assert torch.equal(getattr(later, name), getattr(decision, name))
         assert torch.equal(decision.active, decision.p_on > 0.5)
 
-    def test_a_row_draws_by_its_number_and_not_by_the_other_rows(self):
+    def test_draws_of_a_row_depend_on_its_number_only(self):
         part, control = router(GumbelRouterSpec()), normal(1, 40, 5).expand(3, -1, -1)
         whole = part(control)[0]
         assert not torch.equal(whole.active[0], whole.active[1])
         few = part(control[:2])[0]
         assert torch.equal(few.active, whole.active[:2])
 
-    def test_confidence_is_exactly_1_and_learns_from_the_relaxed_sample_at_the_annealed_temperature(self):
+    def test_confidence_is_exactly_1_with_the_gradient_of_the_annealed_relaxed_sample(self):
         spec = GumbelRouterSpec(temperature=3.0, final_temperature=0.4, anneal=8)
         part, control = scored(spec), normal(2, 5, 5).requires_grad_()
         for update, temperature in ((0, 3.0), (2, 3.0 * (0.4 / 3.0) ** 0.25), (8, 0.4), (99, 0.4)):
@@ -189,7 +189,7 @@ class TestGumbel:
             near_all(gradients(decision.confidence, inputs), gradients(torch.sigmoid((on - off) / temperature), inputs))
 
     @pytest.mark.parametrize("anneal", [0, 1])
-    def test_without_updates_to_anneal_in_the_final_temperature_comes_at_once(self, anneal):
+    def test_after_anneal_updates_the_temperature_is_final(self, anneal):
         part, control = (
             scored(GumbelRouterSpec(temperature=3.0, final_temperature=0.4, anneal=anneal)),
             normal(1, 5, 5).requires_grad_(),
@@ -214,7 +214,7 @@ class TestGumbel:
         assert torch.equal(drawn.p_on, plain.p_on)
         assert not torch.equal(drawn.active, plain.active)
 
-    def test_the_ends_of_the_draws_give_finite_gradients(self, monkeypatch):
+    def test_the_smallest_and_largest_draws_give_finite_gradients(self, monkeypatch):
         part, control = router(GumbelRouterSpec()).float(), normal(2, 9, 5, dtype=torch.float32).requires_grad_()
         for draw in (0.0, 1 - 2.0**-53):
             monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""Routers with scores: every token is decided by the formula of its kind, and score biases shift the scores for on."""
+"""Routers with scores: the formula of the kind decides every token, and score biases shift the scores for on."""
 
 import pytest
 import torch
@@ -36,12 +36,12 @@ class TestFormula:
         seed=st.integers(0, 99),
         training=st.booleans(),
     )
-    def test_every_token_is_decided_by_the_formula(self, spec, lengths, width, modules, ties, seed, training):
+    def test_decisions_agree_with_the_formula(self, spec, lengths, width, modules, ties, seed, training):
         if spec.kind == "top_k" and spec.k > modules + spec.skips:
             modules = 3
         part = router(spec, width, NAMES[:modules], seed=seed).train(training)
         rows = [normal(length, width, seed=seed + place) for place, length in enumerate(lengths)]
-        if ties:  # small whole numbers, whose sums and products are exact
+        if ties:  # small integers, whose sums and products are exact
             rows = [row.round() for row in rows]
             with torch.no_grad():
                 biases = [part.bias, *([part.score_bias] if isinstance(part, SteerableRouter) else [])]
@@ -60,16 +60,16 @@ class TestFormula:
                     torch.testing.assert_close(decision.confidence[b, place, m], choice.confidence)
                     torch.testing.assert_close(decision.p_on[b, place, m], choice.p_on)
         off, on = decision.logits.unbind(-1)
-        if draws(spec):  # its logits are those without the noise
+        if draws(spec):  # the logits exclude the noise
             decision = part.eval()(batch, valid, valid.cumsum(1) - 1)[0]
         tied = (on - off).abs() < 1e-9
         assert torch.equal(decision.active & ~tied, (on > off) & ~tied & valid[..., None])
-        if spec.kind not in ("top_k", "expert_choice"):  # they break ties themselves
+        if spec.kind not in ("top_k", "expert_choice"):  # these kinds break ties
             assert not (decision.active & (on == off)).any()
 
-    @routers(lambda spec: is_learned(spec) and spec.kind != "bernoulli")  # whose confidence has no gradient; see below
+    @routers(lambda spec: is_learned(spec) and spec.kind != "bernoulli")  # its confidence has zero gradients; see below
     @pytest.mark.parametrize("training", [pytest.param(True, id="training"), pytest.param(False, id="evaluation")])
-    def test_gradients_are_those_of_the_formula(self, spec, training):
+    def test_gradients_agree_with_the_formula(self, spec, training):
         part, control = scored(spec).train(training), normal(2, 4, 5).requires_grad_()
         part.set_step(4)
         inputs = [control, *part.parameters()]
@@ -80,7 +80,7 @@ class TestFormula:
         by_hand = torch.stack([torch.stack(row) for row in rows])
         torch.testing.assert_close(gradients(part(control)[0].confidence, inputs), gradients(by_hand, inputs))
 
-    # The confidence of routers that draw is 1 whatever the scores are: see the test above for its gradient.
+    # The confidence of routers that sample is constant 1; the test above checks its gradient.
     @routers(lambda spec: is_learned(spec) and not draws(spec))
     def test_gradient_check_in_float64(self, spec):
         part, control = scored(spec), normal(2, 3, 5).requires_grad_()
@@ -94,12 +94,12 @@ class TestFormula:
         assert torch.autograd.gradcheck(confidence, [control, *parameters])
 
     @routers(is_learned)
-    def test_the_mask_carries_no_gradient_and_the_probability_does(self, spec):
+    def test_the_probability_has_a_gradient_and_the_mask_has_none(self, spec):
         part, control = router(spec), normal(1, 4, 5).requires_grad_()
         decision = part(control)[0]
         assert not decision.active.requires_grad
         for name in ("confidence", "p_on"):
-            learns = (spec.kind, name) != ("bernoulli", "confidence")  # which is 1, with no gradient but zeros
+            learns = (spec.kind, name) != ("bernoulli", "confidence")  # constant 1 with zero gradients
             found = gradients(getattr(part(control)[0], name), [control, part.weight, part.bias])
             assert all(gradient.isfinite().all() and bool(gradient.any()) == learns for gradient in found)
 
@@ -110,7 +110,7 @@ class TestFormula:
         other = scored(spec, names=[NAMES[m] for m in order]).eval()
         with torch.no_grad():
             for mine, yours in ((other.weight, part.weight), (other.bias, part.bias)):
-                mine.copy_(yours)  # skip's scores too
+                mine.copy_(yours)  # includes the scores of skips
                 for place, m in enumerate(order):
                     mine[_rows(spec, place)] = yours[_rows(spec, m)]
         if isinstance(part, SteerableRouter):
@@ -128,7 +128,7 @@ def _rows(spec: RouterSpec, place: int) -> list[int]:
     return [ON_ROW.get(spec.kind, lambda m: m)(place)]
 
 
-class TestOffset:
+class TestScoreBias:
     @routers(is_steerable)
     def test_score_bias_shifts_exactly_the_scores_for_on(self, spec):
         part, other, control, shift = (
@@ -148,7 +148,7 @@ class TestOffset:
     @routers(lambda spec: is_steerable(spec) and not (spec.kind == "top_k" and spec.k > 3))
     @pytest.mark.parametrize("place", [0, 1, 2])
     def test_a_large_score_bias_switches_a_sub_module_on_everywhere_or_off(self, spec, place):
-        # The trials of `explore` reverse decisions whatever the scores are.
+        # The trials of `explore` reverse decisions at any score.
         part, control = router(spec).train(spec.kind != "explore"), 10 * normal(2, 50, 5)
         for offset, rate in ((1e4, 1.0), (-1e4, 0.0)):
             part.score_bias[place] = offset
@@ -185,7 +185,7 @@ class TestOffset:
     )
     def test_score_bias_is_never_below_float32(self, spec, convert, dtype):
         part = spec.build(5, NAMES)
-        part.score_bias.fill_(30.0).add_(2.0**-10)  # which bfloat16 would round to 30
+        part.score_bias.fill_(30.0).add_(2.0**-10)  # bfloat16 would round this to 30
         converted = convert(part)
         assert converted.score_bias.dtype == dtype
         assert (converted.score_bias == 30 + 2.0**-10).all()
@@ -200,7 +200,7 @@ class TestOffset:
         assert part.score_bias.dtype == torch.float32
 
     @routers(lambda spec: not is_steerable(spec))
-    def test_a_router_that_cannot_be_steered_has_none_and_says_so(self, spec):
+    def test_a_router_without_a_score_bias_cannot_be_steered(self, spec):
         part = router(spec)
         assert not hasattr(part, "score_bias")
         assert "score_bias" not in part.state_dict()
@@ -212,5 +212,5 @@ class TestOffset:
             steerable(part)
 
     @routers(lambda spec: is_steerable(spec) and spec.kind not in ("exclusive", "top_k"))
-    def test_independent_sub_modules_reach_any_rates_together(self, spec):
+    def test_independent_sub_modules_can_reach_any_rates_together(self, spec):
         router(spec).check_targets({"attention": 1.0, "mlp": 1.0, "conv": 0.0})

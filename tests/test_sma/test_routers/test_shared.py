@@ -1,4 +1,4 @@
-"""One router for all layers: parameters once, gradients summed, score biases by layer, and files that keep it so."""
+"""One router for all layers: shared parameters, summed gradients, score biases by layer, and sharing in files."""
 
 import copy
 from typing import Any
@@ -43,7 +43,7 @@ def batch() -> tuple[Tensor, Tensor]:
     return torch.randint(7, (3, 9), generator=generator), torch.rand(3, 9, generator=generator) < 0.8
 
 
-def test_all_layers_hold_the_parameters_of_the_first():
+def test_all_layers_share_the_parameters_of_the_first():
     first, *others = routers_of(built())
     for other in others:
         assert other is not first
@@ -53,7 +53,7 @@ def test_all_layers_hold_the_parameters_of_the_first():
 
 
 @given(width=st.sampled_from([1, 4, 6]), repeat=st.integers(1, 4), taps=st.sampled_from([None, 3]))
-def test_the_spec_counts_them_once(width, repeat, taps):
+def test_the_spec_counts_shared_parameters_once(width, repeat, taps):
     layer = {**LAYER, "router": {**LAYER["router"], "control_conv": taps}}
     spec = sma.load_spec({**SPEC, "width": width, "layers": {"repeat": repeat, "layer": layer}})
     count = sum(parameter.numel() for parameter in sma.build(spec, seed=0).parameters())
@@ -63,7 +63,7 @@ def test_the_spec_counts_them_once(width, repeat, taps):
     assert description.total.macs == describe(spec.replace(shared_router=False)).total.macs
 
 
-def test_it_computes_what_separate_routers_of_equal_parameters_compute():
+def test_a_shared_router_equals_separate_routers_of_equal_parameters():
     shared, separate = built(), built(shared_router=False)
     separate.load_state_dict(shared.state_dict())
     ids, valid = batch()
@@ -78,7 +78,7 @@ def test_it_computes_what_separate_routers_of_equal_parameters_compute():
 
 
 @pytest.mark.parametrize("way", ["file", "deepcopy", "dtype", "state_dict"])
-def test_the_parameters_stay_one_when_the_model_is_kept_or_converted(way, tmp_path):
+def test_parameters_stay_shared_after_saving_copying_and_conversion(way, tmp_path):
     model = built().float()
     routers_of(model)[1].score_bias.fill_(0.5)
     match way:
@@ -98,7 +98,7 @@ def test_the_parameters_stay_one_when_the_model_is_kept_or_converted(way, tmp_pa
     torch.testing.assert_close(again.float()(tokens, valid).logits, model(tokens, valid).logits)
 
 
-def test_one_step_of_an_optimiser_moves_them_in_all_layers_alike():
+def test_one_step_of_an_optimiser_updates_all_layers_equally():
     model = built()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     ids, valid = batch()
@@ -109,7 +109,7 @@ def test_one_step_of_an_optimiser_moves_them_in_all_layers_alike():
     assert torch.equal(routers_of(model)[0].weight, routers_of(model)[2].weight)
 
 
-def test_budgets_and_calibration_stay_by_layer():
+def test_budgets_and_calibration_keep_score_biases_by_layer():
     model = built(layers={"repeat": 2, "layer": LAYER})
     ids = torch.randint(7, (8, 60), generator=torch.Generator().manual_seed(1))
     controller = BudgetController.of(model, BudgetSpec(target={"mlp": 0.2, "conv": 0.6}))
@@ -123,7 +123,7 @@ def test_budgets_and_calibration_stay_by_layer():
     assert [layer["mlp"] for layer in reached] == pytest.approx([0.1, 0.7], abs=0.08)
 
 
-def test_layers_that_draw_draw_by_themselves():
+def test_layers_with_a_shared_router_draw_independently():
     model = sma.build({**SPEC, "layers": {"repeat": 2, "layer": {**LAYER, "router": {"kind": "bernoulli"}}}}, seed=0)
     control = torch.zeros(2, 200, 4)
     first, second = (router.train()(control)[0].active for router in routers_of(model))
@@ -132,7 +132,7 @@ def test_layers_that_draw_draw_by_themselves():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("as_users_run")
-def test_a_model_with_it_keeps_the_contract():
+def test_a_model_with_a_shared_router_keeps_the_contract():
     check_model(sma.load_spec(SPEC), effort=3)
 
 
@@ -148,7 +148,7 @@ def test_a_model_with_it_keeps_the_contract():
         pytest.param([{"backbone": LAYER["backbone"]}], "needs layers with routed modules", id="nothing-routed"),
     ],
 )
-def test_layers_that_cannot_share_are_refused(layers, found):
+def test_layers_that_cannot_share_a_router_are_refused(layers, found):
     with pytest.raises(SpecError, match=found):
         sma.load_spec({**SPEC, "layers": layers})
 
