@@ -27,8 +27,10 @@ class Options(OneRunOptions):
     task: Literal["listops", "text", "retrieval", "image", "pathfinder", "pathx", "digits", "recall", "mqar"] = Field(
         default="listops", description="the task"
     )
-    preset: Literal["tiny", "paper"] = Field(
-        default="tiny", description="tiny: minutes on two cores; paper: the paper's setting"
+    preset: Literal["tiny", "paper", "standard", "binary"] = Field(
+        default="tiny",
+        description="tiny: minutes on two cores; paper: the paper's setting, if there is one; standard: the usual "
+        "setting of mqar; binary: ListOps of two arguments per operator",
     )
 
     @property

@@ -87,7 +87,11 @@ def test_run_prints_only_its_progress_and_results(spec, cache, tmp_path):
             "error: the task 'digits' has no preset 'paper'; its only preset is 'tiny'$",
             id="no-paper",
         ),
-        pytest.param(["--preset", "huge"], "error: --preset: unknown choice 'huge'; choices: tiny, paper", id="preset"),
+        pytest.param(
+            ["--preset", "huge"],
+            "error: --preset: unknown choice 'huge'; choices: tiny, paper, standard, binary",
+            id="preset",
+        ),
         pytest.param(
             ["--accelerator", "gpu"],
             "error: --accelerator: unknown choice 'gpu'.* choices: auto, cpu, cuda",
