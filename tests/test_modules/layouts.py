@@ -169,14 +169,23 @@ def assert_matches_loop(
 def assert_near_under_autocast(
     module: nn.Module, program: Callable[[Tensor], Tensor], x: Tensor, dtype: torch.dtype
 ) -> None:
-    """Compare the output and all gradients of a float32 program with those under autocast."""
-    results = []
-    for enabled in (False, True):
+    """Assert that autocast changes the output and the gradients of a float32 program no more than four times as much as
+    rounding its input and parameters to the dtype does, which measures how sensitive the program is.
+    """
+
+    def results(x: Tensor, enabled: bool = False) -> list[Tensor]:
         leaf = x.detach().clone().requires_grad_()
         with torch.autocast("cpu", dtype=dtype, enabled=enabled):
             out = program(leaf)
         gradients = torch.autograd.grad(out.float().sum(), [leaf, *module.parameters()])
-        results.append([tensor.float() for tensor in (out, *gradients)])
-    for name, wanted, found in zip(["output", "x", *dict(module.named_parameters())], *results, strict=True):
-        assert found.isfinite().all(), name
-        assert (found - wanted).norm() <= (0.05 if dtype is torch.bfloat16 else 0.01) * wanted.norm(), name
+        return [tensor.detach().float() for tensor in (out, *gradients)]
+
+    wanted, found = results(x), results(x, enabled=True)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(parameter.to(dtype))
+    rounded = results(x.to(dtype).float())
+    names = ["output", "x", *dict(module.named_parameters())]
+    for name, exact, low, near in zip(names, wanted, found, rounded, strict=True):
+        assert low.isfinite().all(), name
+        assert (low - exact).norm() <= 4 * ((near - exact).norm() + torch.finfo(dtype).eps * exact.norm()), name
