@@ -37,11 +37,9 @@ def returns_a_decision(case: RouterCase, example: Example) -> None:
         require(decision.names == case.names, f"names are {decision.names} for the sub-modules {case.names}")
         for name, wanted in {"active": shape, "confidence": shape, "p_on": shape, "logits": (*shape, 2)}.items():
             tensor = getattr(decision, name)
-            require(tensor.shape == wanted, f"{name} has shape {tuple(tensor.shape)}; required is {wanted}")
+            require(tensor.shape == wanted, f"{name} has shape {tuple(tensor.shape)}; expected {wanted}")
             kind = torch.bool if name == "active" else wide
-            require(
-                tensor.dtype is kind, f"{name} has dtype {tensor.dtype} for a router in {dtype}; required is {kind}"
-            )
+            require(tensor.dtype is kind, f"{name} has dtype {tensor.dtype} for a router in {dtype}; expected {kind}")
             require(bool(tensor[valid].isfinite().all()), f"{name} is not finite at a valid position")
         sure, p_on = decision.confidence[valid], decision.p_on[valid]
         require(bool(((sure > 0) & (sure <= 1)).all()), "confidence is not in (0, 1]")

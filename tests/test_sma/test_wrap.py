@@ -364,7 +364,7 @@ def test_the_kit_detects_a_token_wise_module_that_mixes_rows():
 @pytest.mark.usefixtures("as_users_run")
 def test_the_kit_detects_a_missing_or_inverted_mask():
     with pytest.raises(ConformanceError, match="rows_are_independent"):
-        check_submodule(lambda width: RowWise(Unmasked(width), mask_argument=None), effort=5)
+        check_submodule(lambda width: RowWise(Unmasked(width), mask_argument=None), effort=10)
     with pytest.raises(ConformanceError, match=r"layouts_agree|rows_are_independent"):
         check_submodule(lambda width: RowWise(encoder_layer(width), mask_true_is="valid"), effort=5)
 

@@ -139,10 +139,10 @@ def test_a_model_with_a_shared_router_keeps_the_contract():
 @pytest.mark.parametrize(
     ("layers", "found"),
     [
-        pytest.param([LAYER, {**LAYER, "router": {"kind": "sma"}}], "number 1 has sma for", id="other-router"),
+        pytest.param([LAYER, {**LAYER, "router": {"kind": "sma"}}], "routed layer 1 has sma for", id="other-router"),
         pytest.param(
             [LAYER, {**LAYER, "modules": {"mlp": LAYER["modules"]["mlp"]}}],
-            r"number 1 has sma for \['mlp'\] and number 0 sma for \['mlp', 'conv'\]",
+            r"routed layer 1 has sma for \['mlp'\] and routed layer 0 sma for \['mlp', 'conv'\]",
             id="other-modules",
         ),
         pytest.param([{"backbone": LAYER["backbone"]}], "needs layers with routed modules", id="nothing-routed"),
