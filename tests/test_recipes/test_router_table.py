@@ -150,10 +150,10 @@ def test_every_layer_and_run_has_its_own_random_seed():
     [
         pytest.param(
             ["training.budget=null"],
-            "the table needs one rate .* set training.budget.target to a number",
+            "the table needs one target rate .* set training.budget.target to a number",
             id="no-budget",
         ),
-        pytest.param(["training.budget.target={gau: 0.3}"], "the table needs one rate", id="budget-by-name"),
+        pytest.param(["training.budget.target={gau: 0.3}"], "the table needs one target rate", id="budget-by-name"),
     ],
 )
 def test_experiment_without_one_rate_is_refused(settings, complaint):
@@ -178,7 +178,7 @@ def test_experiment_without_one_rate_is_refused(settings, complaint):
         pytest.param(
             ["--resume", "nowhere"], "error: there is no study in 'nowhere': study.json is missing", id="resume"
         ),
-        pytest.param(["--set", "training.budget=null"], "error: the table needs one rate", id="budget"),
+        pytest.param(["--set", "training.budget=null"], "error: the table needs one target rate", id="budget"),
         pytest.param(
             ["--set", "layers.layer.modules={}"],
             "error: the table needs an experiment whose layers have sub-modules",
