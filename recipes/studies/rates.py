@@ -94,7 +94,7 @@ class Rates(Study[RatesOptions, RatesChosen]):
         if not (Path(folder) / SUMMARY).is_file():
             raise SpecError(f"{folder!r} is not the folder of a finished study of rates; give one, or omit --beside")
         read_study(self, Path(folder))
-        return cast(Summary, read_checked(Path(folder) / SUMMARY, _is_summary, "the summary of a study", NEW))
+        return cast(Summary, read_checked(Path(folder) / SUMMARY, _has_rows, "the summary of a study", NEW))
 
     def names(self, spec: ExperimentSpec) -> dict[str, Sequence[str]]:
         return {"variants": ("trained", *ENDS)}
@@ -143,7 +143,7 @@ class Rates(Study[RatesOptions, RatesChosen]):
         return rates_table(summary)
 
 
-def _is_summary(value: Any) -> bool:
+def _has_rows(value: Any) -> bool:
     return isinstance(value, dict) and isinstance(value.get("rows"), list) and bool(value["rows"])
 
 
