@@ -82,14 +82,14 @@ class Counter(TorchDispatchMode):
 
     Attributes:
         calls: the operators, in order.
-        questions: the file that caused each synchronisation with the host.
+        synchronisations: the file that caused each synchronisation with the host.
     """
 
     def __init__(self, active: int = 0, longest: int = 0) -> None:
         super().__init__()
         self.active, self.longest, self.phase = active, longest, "forward"
         self.calls: list[Call] = []
-        self.questions: list[str] = []
+        self.synchronisations: list[str] = []
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
@@ -104,7 +104,7 @@ class Counter(TorchDispatchMode):
         name = function._schema.name.removeprefix("aten::")
         out = self._answer(name, args, kwargs)
         if out is not None:
-            self.questions.append(_place())
+            self.synchronisations.append(_place())
             if name != "nonzero":
                 return out
         else:
@@ -137,7 +137,7 @@ class Counter(TorchDispatchMode):
         """Work of an operator of `sma.kernels`."""
         with recording(SHARED_MEMORY) as launches, Counter(self.active, self.longest) as inner:
             run(*args)
-        self.questions += inner.questions
+        self.synchronisations += inner.synchronisations
         return inner.work() + Work.sum(Work(1, nbytes(each.arguments), 0, products(each)) for each in launches)
 
     def work(self, phase: str | None = None) -> Work:
@@ -223,8 +223,8 @@ def measure(name: str, rate: float, capacity: bool = False, implementation: Name
         "forward_launches": counter.work("forward").launches,
         "gigabytes": round((total.read + total.written) / 1e9, 2),
         "gigaflops": round(total.flops / 1e9, 1),
-        "questions": len(counter.questions),
-        "questions_at": counter.questions,
+        "synchronisations": len(counter.synchronisations),
+        "synchronised_at": counter.synchronisations,
         "places": {place: asdict(work) for place, work in sorted(places.items(), key=lambda item: -_bytes(item[1]))},
     }
 
@@ -254,11 +254,11 @@ def main() -> None:
     if options.json:
         print(json.dumps(points, indent=1))
         return
-    print(f"{'layer':8} {'tokens':>10} {'rate':>5} {'launches':>9} {'GB':>7} {'GFLOP':>7} {'questions':>9}")
+    print(f"{'layer':8} {'tokens':>10} {'rate':>5} {'launches':>9} {'GB':>7} {'GFLOP':>7} {'syncs':>9}")
     for point in points:
         print(
             f"{point['layer']:8} {point['batch']:>3} x {point['length']:>5} {point['rate']:>5} {point['launches']:>8} "
-            f"{point['gigabytes']:>8.2f} {point['gigaflops']:>7.1f} {point['questions']:>9}"
+            f"{point['gigabytes']:>8.2f} {point['gigaflops']:>7.1f} {point['synchronisations']:>9}"
         )
 
 

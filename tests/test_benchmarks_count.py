@@ -120,7 +120,7 @@ def test_synchronisations_with_the_host_are_counted_and_get_values() -> None:
         assert bool((x > 0).any()) is True
         assert int(x.long().max()) == 4
         assert x.long()[0].tolist() == [4] * 6
-    assert counter.questions == ["tests/test_benchmarks_count.py"] * 4
+    assert counter.synchronisations == ["tests/test_benchmarks_count.py"] * 4
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -140,8 +140,8 @@ def test_a_layer_synchronises_with_the_host_once_and_with_a_capacity_never(name:
     width, spec = layer_spec(SHAPES[name].model)
     with torch.device("meta"):
         layer = spec.build(width).train()
-    assert len(count(layer, 2, 4096, rate).questions) == 1
-    assert count(layer, 2, 4096, rate, rate).questions == []
+    assert len(count(layer, 2, 4096, rate).synchronisations) == 1
+    assert count(layer, 2, 4096, rate, rate).synchronisations == []
 
 
 @pytest.mark.slow
@@ -151,4 +151,4 @@ def test_the_command_prints_every_point_as_json() -> None:
     assert [point["rate"] for point in points] == [0.1, 0.3, 1.0]
     for point in points:
         assert point["launches"] == sum(work["launches"] for work in point["places"].values())
-        assert len(point["questions_at"]) == point["questions"]
+        assert len(point["synchronised_at"]) == point["synchronisations"]

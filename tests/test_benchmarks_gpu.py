@@ -222,7 +222,7 @@ def test_a_profile_counts_synchronisations_launches_and_kernels_per_step() -> No
         Event("Memcpy DtoH", True, 6.0, 7.0),
     ]
     found = profiled.figures(events, steps=2, host_only=False)
-    assert found["questions"] == 1.0
+    assert found["synchronisations"] == 1.0
     assert found["launches"] == 1.0
     assert found["kernels"] == 0.5
     assert found["idle"] == 0.0

@@ -36,8 +36,8 @@ FIGURES: dict[tuple[str, str], dict[str, Any]] = {
     ("peers", "transformer text, on the device"): {"device_milliseconds": 5.0},
     ("peers", "authors text"): {"milliseconds": 24.0},
     ("peers", "authors text, on the device"): {"device_milliseconds": 9.6},
-    ("profile", "ragged"): {"questions": 5.0, "layers": 4},
-    ("profile", "static"): {"questions": 0.0, "layers": 4},
+    ("profile", "ragged"): {"synchronisations": 5.0, "layers": 4},
+    ("profile", "static"): {"synchronisations": 0.0, "layers": 4},
     ("steps", "graph"): {"idle": 0.03},
     ("steps", "losses"): {"largest_difference": 0.0},
 }

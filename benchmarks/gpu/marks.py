@@ -161,7 +161,7 @@ def skip_efficiency(points: Points, layer: str, rate: float) -> float | None:
 
 def _steps(points: Points) -> Iterator[Mark]:
     for name, limit, what in (("ragged", 1.0, "per layer"), ("static", 0.0, "with a capacity")):
-        asked, layers = (points.get("profile", name, figure) for figure in ("questions", "layers"))
+        asked, layers = (points.get("profile", name, figure) for figure in ("synchronisations", "layers"))
         yield _judge(f"synchronisations with the host in a training step, {what}", _ratio(asked, layers), limit, "<=")
     idle = points.get("steps", "graph", "idle")
     yield _judge("idle share of a training step as a graph", _ratio(idle, 1, 100), 5, "<", " %")

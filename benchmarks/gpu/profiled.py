@@ -15,7 +15,7 @@ from benchmarks.gpu.results import Record
 
 STEPS = 3
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")
-QUESTIONS = ("cudaStreamSynchronize", "cudaEventSynchronize")
+SYNCHRONISATIONS = ("cudaStreamSynchronize", "cudaEventSynchronize")
 
 
 class Event(NamedTuple):
@@ -89,14 +89,14 @@ def figures(events: Sequence[Event], steps: int, host_only: bool) -> Record:
     longest = sorted(times.items(), key=lambda item: -item[1])[:20]
     top = [[name[:120], round(time / steps / 1e3, 4)] for name, time in longest]
     if host_only:
-        return {"top": top, "launches": None, "questions": None, "idle": None}
+        return {"top": top, "launches": None, "synchronisations": None, "idle": None}
     kernels = [event for event in own if not event.name.startswith(("Memcpy", "Memset"))]
     calls = Counter(event.name for event in events if not event.on_device)
     return {
         "top": top,
         "kernels": len(kernels) / steps,
         "launches": sum(number for name, number in calls.items() if name.startswith(LAUNCHES)) / steps,
-        "questions": sum(calls[name] for name in QUESTIONS) / steps,
+        "synchronisations": sum(calls[name] for name in SYNCHRONISATIONS) / steps,
         "idle": idle_share(own),
         "busy_milliseconds": sum(times.values()) / steps / 1e3,
     }
