@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sma.budget_spec import BudgetSpec
 from sma.decision import Decision
 from sma.model import ModelSpec, SequenceModel
 from sma.recipes.io.names import plain
@@ -49,6 +50,7 @@ class ClassificationReport(NamedTuple):
         without_layer: accuracy on the measured samples with the sub-modules of one routed layer switched off, by layer.
         router: field path of the router, for suggestions: that of all layers, or of the first routed one of a list.
         fixed: whether the rates of all routers are fixed, so that no suggestion can change them.
+        budget: the budget of the training; None without one.
     """
 
     majority: float
@@ -64,6 +66,7 @@ class ClassificationReport(NamedTuple):
     without_layer: tuple[float, ...] = ()
     router: str = "layers.layer.router"
     fixed: bool = False
+    budget: BudgetSpec | None = None
 
     @property
     def rates_by_role(self) -> dict[str, list[float]]:
@@ -294,19 +297,33 @@ def _hints(report: ClassificationReport, summary: Mapping[str, Any]) -> list[str
     if accuracy <= report.majority + 0.01:
         hints.append("the accuracy is that of the majority class, so the model has not learned the task yet")
     if rates and not report.fixed:
-        if min(rates) < 0.001:
-            hints.append(
-                "a router is dead: its layer has only the backbone; --set training.budget.target=0.3 keeps routers "
-                "alive"
-            )
-        if max(rates) > 0.9:
-            hints.append("a layer runs on nearly every token; --set training.budget.target=0.3 lowers the rate")
+        hints += _rate_hints(rates, report.budget)
         names = " and ".join(map(plain, report.modules)) or "routed sub-modules"
         hints.append(f"--set {report.router}='{{kind: never}}' trains the same model without {names}")
     if best <= 0.7 * updates:
         hints.append(f"the best checkpoint is that of update {best:,} of {updates:,}: more updates may not help")
     elif accuracy < 0.99:
         hints.append(f"--set training.updates={2 * updates} trains twice as long")
+    return hints
+
+
+def _rate_hints(rates: Sequence[float], budget: BudgetSpec | None) -> list[str]:
+    """Suggestions for layers that run on no token, or on nearly every token."""
+    hints = []
+    dead = min(rates) < 0.001
+    if budget is None:
+        if dead:
+            hints.append(
+                "a router is dead: its layer has only the backbone; --set training.budget.target=0.3 keeps routers "
+                "alive"
+            )
+        if max(rates) > 0.9:
+            hints.append("a layer runs on nearly every token; --set training.budget.target=0.3 lowers the rate")
+    elif dead and budget.over == "total":
+        hints.append(
+            "a layer is off, because the budget covers all layers together; --set training.budget.over=each keeps "
+            "each of them active"
+        )
     return hints
 
 

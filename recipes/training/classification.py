@@ -163,7 +163,8 @@ class Classification(Objective[ClassificationTask, TaskData]):
                 raise SpecError(f"the {name} split has {len(split)} samples for {workers} workers; lower --workers")
 
     def report(self, module: TrainingModule) -> ClassificationReport:
-        return measure_activation(module.model, self.data.test, self.data)._replace(confusion=self.breakdown(module))
+        measured = measure_activation(module.model, self.data.test, self.data)
+        return measured._replace(confusion=self.breakdown(module), budget=module.training_spec.budget)
 
     def results(self, report: ClassificationReport, measures: Mapping[str, float]) -> dict[str, Any]:
         per_class = {} if report.confusion is None else report.confusion.per_class

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import sma
+from sma.budget_spec import BudgetSpec
 from sma.model import build
 from sma.recipes.reports.activation_maps import Example, Modality
 from sma.recipes.reports.classification import (
@@ -208,6 +209,9 @@ def test_text_has_suggestions(tmp_path):
     ]
 
 
+TOTAL = BudgetSpec(target=0.5, over="total", hold=100, anneal=200)
+
+
 @pytest.mark.parametrize(
     ("report", "changes", "hints"),
     [
@@ -220,6 +224,10 @@ def test_text_has_suggestions(tmp_path):
         pytest.param({"fixed": True}, {"best_update": 281}, ["twice"], id="best-late"),
         pytest.param({"fixed": True}, {"test_accuracy": 0.19}, ["majority class", "twice"], id="nothing-is-learned"),
         pytest.param({}, {"activation_rate": [0.0, 0.95]}, ["dead", "nearly every", "never", "twice"], id="rates"),
+        pytest.param({"budget": TOTAL}, {"activation_rate": [0.0, 0.95]}, ["over=each", "never", "twice"], id="total"),
+        pytest.param(
+            {"budget": BudgetSpec(target=0.5)}, {"activation_rate": [0.0, 0.5]}, ["never", "twice"], id="each"
+        ),
     ],
 )
 def test_suggestions_fit_the_results(tmp_path, report, changes, hints):
