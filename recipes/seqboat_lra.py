@@ -16,7 +16,7 @@ from pydantic_settings import SettingsConfigDict
 
 from sma.recipes.io.command import exit_code, parse
 from sma.recipes.training.options import OneRunOptions
-from sma.recipes.training.single_run import train_or_evaluate
+from sma.recipes.training.single_run import PRESET_HELP, train_or_evaluate
 
 
 class Options(OneRunOptions):
@@ -27,11 +27,7 @@ class Options(OneRunOptions):
     task: Literal["listops", "text", "retrieval", "image", "pathfinder", "pathx", "digits", "recall", "mqar"] = Field(
         default="listops", description="the task"
     )
-    preset: Literal["tiny", "paper", "standard", "binary"] = Field(
-        default="tiny",
-        description="tiny: minutes on two cores; paper: the paper's setting, if there is one; standard: the usual "
-        "setting of mqar; binary: ListOps of two arguments per operator",
-    )
+    preset: Literal["tiny", "paper", "standard", "binary"] = Field(default="tiny", description=PRESET_HELP)
 
     @property
     def name(self) -> str:

@@ -12,16 +12,17 @@ from sma.recipes.training.options import CallOptions, OneRunOptions, RunOptions
 TASKS = tasks(shipped("presets"))
 PRESETS = tuple(dict.fromkeys(preset for presets in TASKS.values() for preset in presets))
 
+PRESET_HELP = (
+    "tiny: minutes on two cores; paper: the setting of the paper, if there is one; standard: the usual setting of "
+    "mqar; binary: ListOps of two arguments per operator"
+)
+
 
 class TrainOptions(RunOptions):
     """Train SeqBoat on a task, test it, and write the results into a run folder."""
 
     task: Name = Field(default="", description=f"the task: {', '.join(TASKS)}")
-    preset: Annotated[str, Metavar(f"{{{','.join(PRESETS)}}}")] = Field(
-        default=PRESETS[0],
-        description="tiny: minutes on two cores; paper: the setting of the paper, if there is one; standard: the usual "
-        "setting of a synthetic task; binary: ListOps of two arguments per operator",
-    )
+    preset: Annotated[str, Metavar(f"{{{','.join(PRESETS)}}}")] = Field(default=PRESETS[0], description=PRESET_HELP)
 
     @property
     def name(self) -> str:
