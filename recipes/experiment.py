@@ -9,10 +9,10 @@ from pydantic import Field, model_validator
 from sma.budget import BudgetSpec
 from sma.capacity import PerBatch
 from sma.model import ModelSpec
-from sma.paths import override, parse_path
+from sma.paths import Settings, override, parse_path, parse_settings
 from sma.recipes.io.presets import read_shipped
 from sma.recipes.tasks.contract import TaskSpec
-from sma.spec import Spec, parse_setting
+from sma.spec import Spec
 
 
 class RoutingLosses(Spec):
@@ -227,13 +227,14 @@ class ExperimentSpec(Spec):
                 )
 
 
-def load_experiment(source: str | Path | Mapping[str, Any], settings: Sequence[str] = ()) -> ExperimentSpec:
+def load_experiment(source: str | Path | Mapping[str, Any], overrides: Settings = ()) -> ExperimentSpec:
     """Validate an experiment.
 
     Args:
         source: a mapping, a YAML file, or the name of a preset, such as `listops_tiny`. Its `model` may be the name of
             a shipped spec or a file.
-        settings: `path=value`, applied before validation; a path may omit a leading `model.`.
+        overrides: values by field path, or a list of `path=value`, set before validation; a path may omit a leading
+            `model.`.
 
     Raises:
         SpecError: the experiment is not valid; the message has one line per mistake.
@@ -242,7 +243,8 @@ def load_experiment(source: str | Path | Mapping[str, Any], settings: Sequence[s
     data = dict(source) if isinstance(source, Mapping) else read_shipped(source, "presets")
     if isinstance(data.get("model"), str):
         data["model"] = read_shipped(data["model"], "specs")
-    return ExperimentSpec.model_validate(override(ExperimentSpec, data, dict(map(_setting, settings))))
+    values = {full_path(path): value for path, value in parse_settings(overrides).items()}
+    return ExperimentSpec.model_validate(override(ExperimentSpec, data, values))
 
 
 def _register_tasks() -> None:
@@ -253,8 +255,3 @@ def _register_tasks() -> None:
 def full_path(path: str) -> str:
     """The field path of an experiment, with the leading `model.` that may be omitted."""
     return f"model.{path}" if parse_path(path)[0] in {*ModelSpec.model_fields, "head"} else path
-
-
-def _setting(setting: str) -> tuple[str, Any]:
-    path, value = parse_setting(setting)
-    return full_path(path), value

@@ -18,6 +18,7 @@ from sma.checks import (
     check_count,
     check_decision,
     check_dtype,
+    check_number,
     check_sizes,
     check_state,
     require_seen,
@@ -151,6 +152,9 @@ class SparseModularActivation(nn.Module):
         check_free(router.names, "sub-module", InputError)
         self.router = router
         self.submodules = dict_of({name: cast(SubModule, modules[name]) for name in router.names})
+        check_number(dropout, "dropout")
+        if not 0 <= dropout < 1:
+            raise InputError(f"dropout={dropout} must be at least 0 and below 1: the probability of dropping a channel")
         self.dropout = dropout
 
     @property

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sma.batches import batch_of, batches_of, check_takes, takes
 from sma.budget import over_all_ranks
+from sma.checks import check_module
 from sma.errors import InputError
 from sma.pytree import map_tensors
 from sma.submodule import device_and_dtype
@@ -42,6 +43,7 @@ def update_statistics(model: nn.Module, batches: Iterable[Any]) -> int:
         InputError: a batch has another form, there is no batch, the ranks have different numbers of batches, or a norm
             got no batch with two valid tokens or got non-finite values. The old statistics are then restored.
     """
+    model = check_module(model, "sma.update_statistics")
     model = model.module if isinstance(model, DistributedDataParallel) else model
     norms = {
         name: part for name, part in model.named_modules() if isinstance(part, _BatchNorm) and part.track_running_stats

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from sma.activation import SparseModularActivation
 from sma.budget_spec import BudgetSpec as BudgetSpec
 from sma.budget_spec import steered_by
-from sma.checks import check_decisions, check_names
+from sma.checks import check_decisions, check_instance, check_module, check_names
 from sma.decision import Decision
-from sma.errors import InputError
+from sma.errors import InputError, quote
 from sma.model import ModelSpec
 from sma.moved import former_names
 from sma.routers import Router
@@ -55,7 +55,9 @@ class BudgetController(nn.Module):
         self, spec: BudgetSpec, routers: Sequence[Router], costs: Sequence[Sequence[float]] | None = None
     ) -> None:
         super().__init__()
-        self.spec = spec
+        self.spec = check_instance(spec, BudgetSpec, "BudgetController got", "write BudgetSpec(target=0.3)")
+        if not isinstance(routers, Sequence) or not all(isinstance(router, Router) for router in routers):
+            raise InputError(f"BudgetController takes a list of routers, not {quote(routers)}; give routers_of(model)")
         # In a tuple, so that the parameters of the routers are not those of the controller.
         self.routers = tuple(routers)
         self.steered = steered_by(spec, routers, costs)
@@ -83,6 +85,8 @@ class BudgetController(nn.Module):
             InputError: as for the class; or the budget is a total, and the model has neither a spec with the costs of
                 its sub-modules nor an attribute `costs`.
         """
+        check_module(model, "BudgetController.of")
+        check_instance(spec, BudgetSpec, "BudgetController.of got", "write BudgetSpec(target=0.3)")
         costs = None
         if spec.over == "total":
             inner = unwrapped(model)[1]

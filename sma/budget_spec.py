@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from sma.checks import check_known
-from sma.errors import InputError
+from sma.errors import InputError, quote
 from sma.routers import Router, SteerableRouter
 from sma.routers.steerable import steerable
 from sma.spec import FrozenMapping, Spec
@@ -159,7 +159,12 @@ def steered_by(spec: BudgetSpec, routers: Sequence[Router], costs: Sequence[Sequ
 
 
 def _check_costs(costs: Sequence[Sequence[float]], routers: Sequence[Router]) -> None:
-    given, wanted = [len(layer) for layer in costs], [len(router.names) for router in routers]
+    wanted = [len(router.names) for router in routers]
+    if not isinstance(costs, Sequence) or not all(isinstance(layer, list | tuple) for layer in costs):
+        raise InputError(
+            f"costs={quote(costs)} must be a list with a list of numbers for each layer, of sizes {wanted}"
+        )
+    given = [len(layer) for layer in costs]
     if given != wanted:
         raise InputError(f"there are costs for {given} sub-modules, by layer; expected one for each of {wanted}")
     bad = [cost for layer in costs for cost in layer if not 0 <= cost < math.inf]  # in this form it is true for NaN too

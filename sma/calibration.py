@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sma.batches import Batch, batch_of, batches_of, check_takes
 from sma.budget import BudgetController, over_all_ranks
 from sma.budget_spec import BudgetSpec
-from sma.checks import check_count, check_number, what_came
+from sma.checks import check_count, check_module, check_number, what_came
 from sma.decision import Decision
 from sma.devices import is_sharded
 from sma.errors import InputError, quote
@@ -64,6 +64,7 @@ def calibrate(
         InputError: the data has no valid token, has another form or can be iterated over only once; the model returns
             no decisions; or a router cannot be steered to the rate.
     """
+    check_module(model, "sma.calibrate")
     if batches_of(data, "calibrate") is data:
         raise InputError(
             "calibrate iterates over the data several times, and this can be iterated over only once: "

@@ -12,7 +12,7 @@ from torch.utils import _pytree
 
 from sma.devices import usable_device
 from sma.errors import CheckpointError, SmaError, parsing, quote, reason
-from sma.files import write_atomically
+from sma.files import check_path, write_atomically
 from sma.formats import FORMAT, check_format, rename, renamed
 from sma.model import ModelSpec, SequenceModel, build
 from sma.pytree import named_tensors, tensors, with_tensors
@@ -61,7 +61,7 @@ def save(model: nn.Module, folder: str | Path) -> Path:
         CheckpointError: the folder cannot be written, or `load` could not rebuild this model: it has no spec, its parts
             or weights differ from those of its spec, or a weight is not a dense tensor.
     """
-    folder = Path(folder)
+    folder = check_path(folder, "sma.save")
     model, core = unwrapped(model)
     if not isinstance(getattr(core, "spec", None), ModelSpec):
         raise CheckpointError(
@@ -152,7 +152,7 @@ def load(folder: str | Path, *, device: torch.device | str | None = "cpu") -> Se
             exist.
     """
     device = usable_device(device, CheckpointError)
-    with open_tensors(_weights_file(Path(folder))) as file:
+    with open_tensors(_weights_file(check_path(folder, "sma.load"))) as file:
         spec = _saved_spec(file)
         reference = _reference(file, spec)
         if device.type == "meta":
@@ -242,7 +242,7 @@ def save_state(state: State, path: str | Path) -> None:
     Raises:
         CheckpointError: the file cannot be written, or the state is None, as in an output without a state.
     """
-    path = Path(path)
+    path = check_path(path, "sma.save_state")
     parts = {name: whole_tensor(name, tensor) for name, tensor in named_tensors(state).items()}
     if not parts:
         raise CheckpointError(
@@ -268,7 +268,7 @@ def load_state(path: str | Path, like: StateKind) -> StateKind:
     Raises:
         CheckpointError: the file does not exist, is damaged, or holds the state of another model.
     """
-    path, wanted = Path(path), named_tensors(like)
+    path, wanted = check_path(path, "sma.load_state"), named_tensors(like)
     if not wanted:
         raise CheckpointError(
             f"the template state is {quote(like)}; give one of the same model, such as model.init_state(1)"

@@ -48,6 +48,15 @@ def check_instance(value: object, kind: type[Kind], what: str, cure: str) -> Kin
     return value
 
 
+def check_module(value: object, whose: str) -> nn.Module:
+    """Check that an argument is a module, and return it.
+
+    Raises:
+        InputError: it is something else.
+    """
+    return check_instance(value, nn.Module, f"{whose} got", "give the model itself, not its name, spec or file")
+
+
 def check_tensor(value: object, what: str, dtype: torch.dtype | None = None) -> Tensor:
     """Check that a value is a dense tensor, and return it.
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from filelock import lock_descriptor
 
-from sma.errors import DataError, SmaError, quote, reason
+from sma.errors import DataError, InputError, SmaError, quote, reason
 
 DRAFT = ".draft"
 """Suffix of files that are being written, or whose writer was killed."""
@@ -23,6 +23,17 @@ _KINDS = {
     stat.S_IFBLK: "a device",
     stat.S_IFSOCK: "a socket",
 }
+
+
+def check_path(value: object, whose: str) -> Path:
+    """Check that an argument is a path, and return it.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if not isinstance(value, str | os.PathLike):
+        raise InputError(f"{whose} got {quote(value)}; expected a path: a string or a pathlib.Path")
+    return Path(value)
 
 
 def open_file(path: str | Path, error: type[SmaError] = DataError) -> BufferedReader:

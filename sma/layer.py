@@ -19,6 +19,7 @@ from sma.checks import (
     check_count,
     check_dtype,
     check_frame,
+    check_instance,
     check_sizes,
     check_state,
     require_seen,
@@ -172,7 +173,8 @@ class RoutedLayer(nn.Module):
 
     def __init__(self, spec: LayerSpec, width: int) -> None:
         super().__init__()
-        self.spec = spec
+        self.spec = check_instance(spec, LayerSpec, "RoutedLayer got", "write LayerSpec(...), or load_spec for a file")
+        check_count(width, "width", 1, ": channels of the layer")
         self.width = width
         self.recompute = False
         self.norm = spec.norm.build(width) if spec.norm is not None else None

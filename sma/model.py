@@ -1,6 +1,7 @@
 """Models: an encoder, layers, and a head, built from one spec."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
@@ -16,6 +17,7 @@ from sma.checks import (
     check_count,
     check_device,
     check_dtype,
+    check_instance,
     check_sizes,
     check_state,
     check_tensor,
@@ -186,7 +188,7 @@ class SequenceModel(nn.Module):
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
-        self.spec = spec
+        self.spec = check_instance(spec, ModelSpec, "SequenceModel got", "sma.build also takes a mapping or a file")
         self.encoder = spec.encoder.build(spec.width)
         self.sinusoid = Sinusoid(spec.width) if spec.sinusoid else None
         self.layers = list_of(layer.build(spec.width) for layer in spec.layer_specs)
@@ -384,17 +386,14 @@ def build(spec: ModelSpec | Mapping[str, Any] | str | Path, seed: int | None = N
         seed: seed of the weights; None draws them from the global random state.
 
     Raises:
-        SpecError: the file cannot be read, the spec is wrong or not that of a model, or the seed is not a 64-bit
-            integer.
+        SpecError: the file cannot be read, the spec is not a valid one of a model, or the seed is no 64-bit integer.
     """
-    if seed is not None and (isinstance(seed, bool) or not hasattr(seed, "__index__") or not 0 <= int(seed) < 2**64):
+    wrong = isinstance(seed, bool | Tensor) or not hasattr(seed, "__index__")
+    if seed is not None and (wrong or not 0 <= int(seed) < 2**64):
         raise SpecError(f"seed={quote(seed)} must be an integer of at least 0 and below 2^64, or None")
     if isinstance(spec, Spec) and not isinstance(spec, ModelSpec):
         raise SpecError(
             f"sma.build takes the spec of a model, and {type(spec).__name__} has another family; call its build(width)"
         )
-    spec = load_spec(spec)
-    if seed is None:
-        return spec.build()
-    with seeded(int(seed)):
-        return spec.build()
+    with seeded(int(seed)) if seed is not None else nullcontext():
+        return load_spec(spec).build()

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import re
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
 from sma.errors import SpecError, did_you_mean, quote
+from sma.yaml_text import read_yaml
 
 if TYPE_CHECKING:
     from sma.spec import Spec
@@ -47,6 +48,37 @@ def parse_path(path: str) -> tuple[str | int, ...]:
             "layers.layer.router.temperature_scale"
         )
     return tuple(steps)
+
+
+Settings = Mapping[str, Any] | Sequence[str]
+"""Values by field path, or a list of `path=value`."""
+
+
+def parse_setting(setting: str) -> tuple[str, Any]:
+    """Split `path=value`, as `--set` takes it; the value is YAML, so `null`, `[1, 2]` and `{kind: never}` work.
+
+    Raises:
+        SpecError: there is no `=`, or the value is not YAML.
+    """
+    path, equals, value = setting.partition("=")
+    if not equals:
+        raise SpecError(f"the setting {quote(setting)} has no '='; write path=value, such as width=32")
+    return path.strip(), read_yaml(value, f"the value of the setting {quote(path.strip())[1:-1]}")
+
+
+def parse_settings(settings: Settings) -> dict[str, Any]:
+    """Values by field path; of equal paths in a list, the last one counts.
+
+    Raises:
+        SpecError: they are neither a mapping of field paths nor a list of valid `path=value`.
+    """
+    paths = list(settings) if isinstance(settings, Mapping | list | tuple) else [settings]
+    if not isinstance(settings, Mapping | list | tuple) or not all(isinstance(path, str) for path in paths):
+        raise SpecError(
+            f"settings are a mapping of field paths to values, such as {{'width': 32}}, or a list, such as "
+            f"['width=32'], not {quote(settings)}"
+        )
+    return dict(settings) if isinstance(settings, Mapping) else dict(map(parse_setting, settings))
 
 
 def override(root: type[Spec], data: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:

@@ -157,12 +157,8 @@ def check_ragged(tokens: object, what: str) -> None:
     Raises:
         InputError: it is something else; the message explains how to make ragged tokens.
     """
-    check_instance(
-        tokens,
-        Ragged,
-        f"{what} got",
-        "write sma.ragged.rectangular(x) for all tokens of a batch, or sma.ragged.compress(x, active)",
-    )
+    cure = "write sma.ragged.rectangular(x) for all tokens of a batch, or sma.ragged.compress(x, active)"
+    check_instance(tokens, Ragged, f"{what} got", cure)
 
 
 def rectangular(
@@ -364,24 +360,29 @@ def extract(
         tokens: the result of `compress`.
         like_BLD: the batch that was compressed; gives B, L and the dtype of the result.
     """
-    check_tensor(like_BLD, "like_BLD is")
-    _check_values(values, tokens)
+    _check_extracted(values, tokens, like_BLD, "like_BLD")
     if not tokens.holes and tokens.stride == like_BLD.shape[1]:
         return values.unflatten(0, like_BLD.shape[:2]).to(like_BLD.dtype)
     return extract_add(values, tokens, like_BLD.new_zeros((*like_BLD.shape[:2], *values.shape[1:])))
 
 
-def _check_values(values: Tensor, tokens: Ragged) -> None:
-    check_tensor(values, "the values are")
+def _check_extracted(values: Tensor, tokens: Ragged, batch: Tensor, name: str) -> None:
     check_ragged(tokens, "extract")
+    check_tensor(values, "the values are")
+    check_tensor(batch, f"{name} is")
+    if torch.compiler.is_compiling():  # sizes may be unknown
+        return
+    if values.shape[:1] != tokens.index.shape:
+        raise InputError(f"extract got values of shape {tuple(values.shape)} for {tokens.index.shape[0]:,} tokens")
+    if batch.ndim < 2 or batch.shape[0] != tokens.num_rows:
+        raise InputError(f"{name} has shape {tuple(batch.shape)}; expected (B, L, …) with B={tokens.num_rows}")
 
 
 def extract_add(
     values: Float[Tensor, "T *D"], tokens: Ragged, into_BLD: Float[Tensor, "B L *D"]
 ) -> Float[Tensor, "B L *D"]:
     """Return `into_BLD` with the values added at the positions of their tokens; other positions are unchanged."""
-    check_tensor(into_BLD, "into_BLD is")
-    _check_values(values, tokens)
+    _check_extracted(values, tokens, into_BLD, "into_BLD")
     flat = into_BLD.flatten(0, 1).clone(memory_format=torch.contiguous_format)
     return extract_add_(values, tokens, flat).unflatten(0, into_BLD.shape[:2])
 

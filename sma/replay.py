@@ -12,7 +12,7 @@ from torch import Tensor
 from sma.checks import check_booleans, check_decisions, check_device, check_names, what_came
 from sma.decision import Decision
 from sma.errors import CheckpointError, InputError, quote, reason
-from sma.files import write_atomically
+from sma.files import check_path, write_atomically
 from sma.formats import FORMAT, check_format
 from sma.memory import ADDRESSABLE, check_memory
 from sma.tensor_file import open_tensors, write_tensors
@@ -84,6 +84,7 @@ def save_decisions(decisions: Sequence[Decision], path: str | Path) -> None:
         InputError: they are not decisions.
         CheckpointError: the file cannot be written.
     """
+    path = check_path(path, "sma.save_decisions")
     check_decisions(decisions, "save_decisions")
     for index, decision in enumerate(decisions):
         axes = {"B": None, "L": None, "M": len(decision.names)}
@@ -100,7 +101,7 @@ def save_decisions(decisions: Sequence[Decision], path: str | Path) -> None:
     ]
     metadata = {"format": _FORMAT, "format_version": str(FORMAT), "layers": json.dumps(layers)}
     try:
-        write_atomically(Path(path), lambda temporary: write_tensors(temporary, bits, metadata))
+        write_atomically(path, lambda temporary: write_tensors(temporary, bits, metadata))
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"cannot save the decisions in {quote(str(path))}: {reason(error)}; the folder must be writable and have "
@@ -120,7 +121,7 @@ def load_decisions(path: str | Path, names: Sequence[Sequence[str]]) -> tuple[Te
         CheckpointError: the file does not exist, is damaged, or contains something else.
         InputError: the decisions are about other sub-modules.
     """
-    path = Path(path)
+    path = check_path(path, "sma.load_decisions")
     with open_tensors(path) as file:
         if file.metadata.get("format") != _FORMAT:
             raise CheckpointError(f"{quote(str(path))} holds no decisions; give a file that sma.save_decisions wrote")

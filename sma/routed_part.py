@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sma.activation import SparseModularActivation
-from sma.checks import check_booleans, check_valid, what_came
+from sma.checks import check_booleans, check_module, check_valid, what_came
 from sma.decision import Decision
 from sma.errors import InputError
 from sma.plain_modules import width_of
@@ -103,6 +103,7 @@ def collect_decisions(model: nn.Module, valid: Tensor | None = None) -> Iterator
         InputError: the model has no routed part, or the mask is not boolean `(B, L)`; or, in the forward pass, the mask
             does not fit the tokens.
     """
+    check_module(model, "sma.collect_decisions")
     parts = frozenset(id(part) for part in model.modules() if isinstance(part, RoutedPart))
     if not parts:
         raise InputError(f"{type(model).__name__} has no routed part; call sma.retrofit first")

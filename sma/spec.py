@@ -16,9 +16,9 @@ from sma.files import read_file
 from sma.memory import within_memory
 from sma.mistakes import SENTENCES, custom, explained, spec_error
 from sma.parts import Repeated, is_repeated, remembering
-from sma.paths import override
+from sma.paths import Settings, override, parse_settings
 from sma.strict import strict
-from sma.yaml_text import LIMIT, read_fields, read_yaml, write_yaml
+from sma.yaml_text import LIMIT, read_fields, write_yaml
 
 __all__ = [
     "FrozenDict",
@@ -193,6 +193,8 @@ def register(spec_class: type[Registered]) -> type[Registered]:
     Raises:
         SpecError: another class of the family has this kind; the message names both.
     """
+    if not isinstance(spec_class, type):
+        raise SpecError(f"sma.register takes a class, not {quote(spec_class)}; write @sma.register above the class")
     if not hasattr(spec_class, "family"):
         raise SpecError(f"{spec_class.__name__} has no family; derive it from SubModuleSpec, RouterSpec, NormSpec, …")
     if "family" in spec_class.__dict__:
@@ -286,49 +288,37 @@ def read_spec_file(path: str | Path) -> dict[str, Any]:
     return read_fields(content, str(path))
 
 
-def parse_setting(setting: str) -> tuple[str, Any]:
-    """Split `path=value`, as `--set` takes it; the value is YAML, so `null`, `[1, 2]` and `{kind: never}` work.
-
-    Raises:
-        SpecError: there is no `=`, or the value is not YAML.
-    """
-    path, equals, value = setting.partition("=")
-    if not equals:
-        raise SpecError(f"--set {quote(setting)} has no '='; write --set path=value, such as --set width=32")
-    return path.strip(), read_yaml(value, f"the value of --set {quote(path.strip())[1:-1]}")
-
-
 Source = str | Path | Mapping[str, Any]
-Settings = Mapping[str, Any] | None
 
 
 @overload
 def load_spec(
-    source: "Source | ModelSpec", family: Literal["model"] = "model", overrides: Settings = None
+    source: "Source | ModelSpec", family: Literal["model"] = "model", overrides: Settings = ()
 ) -> "ModelSpec": ...
 @overload
 def load_spec(
-    source: "Source | SubModuleSpec", family: Literal["sub-module"], overrides: Settings = None
+    source: "Source | SubModuleSpec", family: Literal["sub-module"], overrides: Settings = ()
 ) -> "SubModuleSpec": ...
 @overload
-def load_spec(source: "Source | RouterSpec", family: Literal["router"], overrides: Settings = None) -> "RouterSpec": ...
+def load_spec(source: "Source | RouterSpec", family: Literal["router"], overrides: Settings = ()) -> "RouterSpec": ...
 @overload
-def load_spec(source: "Source | NormSpec", family: Literal["norm"], overrides: Settings = None) -> "NormSpec": ...
+def load_spec(source: "Source | NormSpec", family: Literal["norm"], overrides: Settings = ()) -> "NormSpec": ...
 @overload
 def load_spec(
-    source: "Source | EncoderSpec", family: Literal["encoder"], overrides: Settings = None
+    source: "Source | EncoderSpec", family: Literal["encoder"], overrides: Settings = ()
 ) -> "EncoderSpec": ...
 @overload
-def load_spec(source: "Source | HeadSpec", family: Literal["head"], overrides: Settings = None) -> "HeadSpec": ...
+def load_spec(source: "Source | HeadSpec", family: Literal["head"], overrides: Settings = ()) -> "HeadSpec": ...
 @overload
-def load_spec(source: Source | Spec, family: str, overrides: Settings = None) -> Any: ...
-def load_spec(source: Source | Spec, family: str = "model", overrides: Settings = None) -> Any:
+def load_spec(source: Source | Spec, family: str, overrides: Settings = ()) -> Any: ...
+def load_spec(source: Source | Spec, family: str = "model", overrides: Settings = ()) -> Any:
     """Validate a spec of a family from a YAML or JSON file or from a mapping.
 
     Args:
         source: path of a file, a mapping, or a spec.
         family: family of the spec: `model`, `sub-module`, `router`, …
-        overrides: values to set before validation, by field path: `{"layers.layer.modules.attention.window": 64}`.
+        overrides: values to set before validation, by field path: `{"layers.layer.modules.attention.window": 64}`, or
+            a list of settings: `["layers.layer.modules.attention.window=64"]`.
 
     Returns:
         an instance of the registered spec class.
@@ -340,8 +330,9 @@ def load_spec(source: Source | Spec, family: str = "model", overrides: Settings 
     if not isinstance(source, str | Path | Mapping | Spec):
         raise SpecError(f"a spec is read from a path or a mapping, not from {quote(source)}")
     data: Any = read_spec_file(source) if isinstance(source, str | Path) else source
+    values = parse_settings(overrides)
     try:
-        return root._resolve(override(root, data, overrides) if overrides else data)
+        return root._resolve(override(root, data, values) if values else data)
     except (ValidationError, RecursionError) as error:
         raise spec_error(error) from None
     except PydanticCustomError as error:
@@ -349,6 +340,8 @@ def load_spec(source: Source | Spec, family: str = "model", overrides: Settings 
 
 
 def _root(family: str) -> type[Spec]:
+    if not isinstance(family, str):
+        raise SpecError(f"a family is a name, such as 'model', not {quote(family)}; families: {', '.join(families())}")
     example = next(iter(kinds(family).values()))
     return next(base for base in example.__mro__ if "family" in base.__dict__)
 

@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
 from pydantic import BeforeValidator, Field, model_validator
 
 from sma.errors import SpecError, did_you_mean, quote
-from sma.paths import parse_path
+from sma.paths import parse_path, parse_setting
 from sma.recipes.experiment import ExperimentSpec, full_path, load_experiment
 from sma.recipes.io.presets import shipped
-from sma.spec import FrozenMapping, Spec, parse_setting, read_spec_file
+from sma.spec import FrozenMapping, Spec, read_spec_file
 from sma.tune.distributions import DistributionSpec, Fixed
 from sma.tune.space import check_space, largest, value_at, with_values
 from sma.yaml_text import read_fields

@@ -19,7 +19,7 @@ from sma.fused import Way, of_device
 from sma.kernels import Implementation, implementation, operators
 from sma.model import ModelSpec, SequenceModel
 from sma.recipes.io.presets import read_shipped, shipped
-from sma.spec import load_spec, parse_setting
+from sma.spec import load_spec
 
 if TYPE_CHECKING:
     from sma.recipes.experiment import ExperimentSpec
@@ -119,7 +119,7 @@ def _load(args: argparse.Namespace) -> ModelSpec:
     data = read_model_spec(args.spec)
     sort = _sort(data)
     if sort == "model":
-        return load_spec(data, overrides=dict(map(parse_setting, args.set)))
+        return load_spec(data, overrides=args.set)
     return (_load_experiment(args, data) if sort == "experiment" else _load_sweep(args, data).experiment).model
 
 
@@ -214,7 +214,7 @@ def run_validate(args: argparse.Namespace) -> Iterator[str]:
     data = read_model_spec(args.spec)
     sort = _sort(data)
     if sort == "model":
-        spec, what = load_spec(data, overrides=dict(map(parse_setting, args.set))), "a model: "
+        spec, what = load_spec(data, overrides=args.set), "a model: "
     elif sort == "experiment":
         experiment = _load_experiment(args, data)
         spec, what = experiment.model, f"an experiment of {_updates(experiment)}; its model is "

@@ -1,6 +1,6 @@
 """The contract of a router."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
@@ -91,6 +91,9 @@ class Router(nn.Module):
 
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__()
+        words = isinstance(names, Collection) and all(isinstance(name, str) for name in names)
+        if not words or isinstance(names, str):
+            raise InputError(f"a router takes the names of its sub-modules, such as ['attention'], not {quote(names)}")
         if len(set(names)) != len(names):
             raise InputError(f"the sub-modules of one router need different names, not {list(names)}")
         self.names = tuple(names)

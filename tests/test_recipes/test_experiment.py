@@ -216,12 +216,10 @@ def test_loading_changes_neither_mapping_nor_spec():
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [
-        pytest.param(
-            ["width"], "--set 'width' has no '='; write --set path=value, such as --set width=32", id="no-equals"
-        ),
+        pytest.param(["width"], "the setting 'width' has no '='; write path=value, such as width=32", id="no-equals"),
         pytest.param(["=3"], "'' is not a field path", id="no-path"),
         pytest.param(["layers..x=3"], "'layers..x' is not a field path", id="empty-step"),
-        pytest.param(["width=[1"], "the value of --set width is not valid YAML", id="not-yaml"),
+        pytest.param(["width=[1"], "the value of the setting width is not valid YAML", id="not-yaml"),
         pytest.param(
             ["widht=3"], "unknown field path 'widht': there is no 'widht' here; fields: task, model, training", id="top"
         ),

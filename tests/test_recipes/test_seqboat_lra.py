@@ -118,7 +118,7 @@ def test_run_prints_only_its_progress_and_results(spec, cache, tmp_path):
             "error: there is no file and no shipped preset 'none.yaml'; shipped presets: .*listops_paper",
             id="spec",
         ),
-        pytest.param(["--set", "width"], "error: --set 'width' has no '='; write --set path=value", id="no-equals"),
+        pytest.param(["--set", "width"], "error: the setting 'width' has no '='; write path=value", id="no-equals"),
         pytest.param(
             ["--set", "training.updats=3"],
             "error: unknown field path 'training.updats'.*did you mean 'updates'",

@@ -206,12 +206,12 @@ MISTAKES = [
     ),
     pytest.param(
         ["describe", "seqboat_listops", "--set", "width"],
-        "--set 'width' has no '='; write --set path=value, ",
+        "the setting 'width' has no '='; write path=value, ",
         id="no-equals",
     ),
     pytest.param(
         ["describe", "seqboat_listops", "--set", "width=["],
-        "the value of --set width is not valid YAML: ",
+        "the value of the setting width is not valid YAML: ",
         id="no-value",
     ),
     pytest.param(

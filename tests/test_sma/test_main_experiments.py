@@ -159,10 +159,10 @@ def test_many_listed_layers_are_counted_like_the_built_model(tmp_path, capsys):
             ["--set", "width=9e18"],
             "error: SequenceClassifierSpec needs about 10^39 bytes, more than any machine can address",
         ),
-        (["--set", f"width={'9' * 5000}"], "error: the value of --set width is not valid YAML: '999999"),
+        (["--set", f"width={'9' * 5000}"], "error: the value of the setting width is not valid YAML: '999999"),
         (
             ["--set", "width=&a [*a]"],
-            "error: the value of --set width is not valid YAML: the alias '*a' is inside its own value (line 1)",
+            "error: the value of the setting width is not valid YAML: the alias '*a' is inside its own value (line 1)",
         ),
         (["--set", "x" * 100_000], "error: --set 'xxx"),
         (["--length", "9" * 5000], "error: --length: invalid int value: '999"),

@@ -7,7 +7,6 @@ import io
 import itertools
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -16,12 +15,12 @@ from pydantic_settings import SettingsConfigDict
 
 from sma.errors import DataError, quote, reason
 from sma.files import write_atomically
+from sma.paths import parse_settings
 from sma.recipes.io.command import CommandOptions, exit_code, parse
 from sma.recipes.io.names import plain
 from sma.recipes.io.option_parser import File, Setting
 from sma.recipes.tasks.pathfinder.images import PathfinderSettings, PathXSettings
 from sma.recipes.tasks.pathfinder.stimulus import StimulusSettings, draw_stimulus
-from sma.spec import parse_setting
 
 _GAP = 2  # pixels between images
 _GAP_GREY = 96
@@ -66,7 +65,7 @@ def run(options: SheetOptions) -> Path:
     from matplotlib.image import imsave  # here, because the import takes seconds
 
     kind = PathXSettings if options.size >= 128 else PathfinderSettings
-    changes: dict[str, Any] = dict(parse_setting(setting) for setting in options.set)
+    changes = parse_settings(options.set)
     sheet = contact_sheet(
         kind.model_validate({**changes, "size": options.size}), options.rows, options.columns, options.seed
     )

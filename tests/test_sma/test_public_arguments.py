@@ -1,0 +1,110 @@
+"""Arguments of the wrong class: every public function refuses them with a sentence instead of a traceback."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import sma
+from sma.budget import BudgetSpec, routers_of
+from sma.model import ModelSpec
+
+pytestmark = pytest.mark.usefixtures("as_users_run")
+
+SPEC = {
+    "kind": "sequence_classifier",
+    "width": 8,
+    "encoder": {"kind": "token_embedding", "vocabulary": 16, "padding": 0},
+    "layers": [
+        {
+            "norm": {"kind": "batch_norm"},
+            "router": {"kind": "sma"},
+            "modules": {"mlp": {"kind": "gated_mlp", "hidden_size": 8}},
+        }
+    ],
+    "head": {"kind": "mean_pool_mlp", "hidden": 8, "classes": 3},
+}
+WRONG = [None, 3, -1, 1.5, True, "x", b"x", [], [3], {}, {"a": 1}, object(), torch.ones(2), float("nan")]
+
+
+def _model() -> sma.SequenceModel:
+    return sma.build(SPEC, seed=0)
+
+
+def _tokens() -> sma.Ragged:
+    return sma.compress(torch.ones(2, 3, 4), torch.ones(2, 3, dtype=torch.bool))
+
+
+CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
+    "build": (sma.build, lambda: {"spec": SPEC, "seed": 0}),
+    "load_spec": (sma.load_spec, lambda: {"source": SPEC, "family": "model", "overrides": ()}),
+    "SequenceModel": (sma.SequenceModel, lambda: {"spec": _model().spec}),
+    "RoutedLayer": (sma.RoutedLayer, lambda: {"spec": _model().spec.layer_specs[0], "width": 8}),
+    "BudgetController": (
+        sma.BudgetController,
+        lambda: {"spec": BudgetSpec(target=0.5), "routers": routers_of(_model()), "costs": [[1.0]]},
+    ),
+    "BudgetController.of": (sma.BudgetController.of, lambda: {"model": _model(), "spec": BudgetSpec(target=0.5)}),
+    "Router": (sma.Router, lambda: {"names": ["a"]}),
+    "register": (sma.register, lambda: {"spec_class": ModelSpec}),
+    "calibrate": (
+        sma.calibrate,
+        lambda: {"model": _model(), "data": [torch.ones(2, 5, dtype=torch.int64)], "rate": 0.5},
+    ),
+    "update_statistics": (sma.update_statistics, lambda: {"model": _model(), "batches": []}),
+    "collect_decisions": (
+        lambda **given: sma.collect_decisions(**given).__enter__(),
+        lambda: {"model": _model()},
+    ),
+    "retrofit": (sma.retrofit, lambda: {"model": torch.nn.Sequential(torch.nn.Linear(4, 4)), "targets": {"0": "sma"}}),
+    "compress": (sma.compress, lambda: {"x_BLD": torch.ones(2, 3, 4), "active_BL": torch.ones(2, 3, dtype=torch.bool)}),
+    "extract": (
+        sma.extract,
+        lambda: {"values": torch.ones(6, 4), "tokens": _tokens(), "like_BLD": torch.ones(2, 3, 4)},
+    ),
+    "save": (sma.save, lambda: {"model": _model(), "folder": "x"}),
+    "load": (sma.load, lambda: {"folder": "x"}),
+    "save_state": (sma.save_state, lambda: {"state": None, "path": "x"}),
+    "load_state": (sma.load_state, lambda: {"path": "x", "like": None}),
+    "save_decisions": (sma.save_decisions, lambda: {"decisions": (), "path": "x"}),
+    "load_decisions": (sma.load_decisions, lambda: {"path": "x", "names": [["a"]]}),
+    "SparseModularActivation": (
+        sma.SparseModularActivation,
+        lambda: {"router": "sma", "modules": {"a": sma.TokenWise(torch.nn.Linear(4, 4))}, "dropout": 0.0, "width": 4},
+    ),
+    "TokenWise": (sma.TokenWise, lambda: {"module": torch.nn.Linear(4, 4)}),
+    "RowWise": (sma.RowWise, lambda: {"module": torch.nn.Linear(4, 4)}),
+}
+"""Public functions, each with valid arguments."""
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"), [(name, argument) for name, (_, valid) in CALLS.items() for argument in valid()]
+)
+def test_wrong_classes_are_refused_with_a_sentence(name, argument, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    call, valid = CALLS[name]
+    refused = 0
+    for wrong in WRONG:
+        given = {**valid(), argument: wrong}
+        try:  # some of these values are right for some arguments; any other error fails the test
+            call(**given)
+        except sma.SmaError:
+            refused += 1
+    assert refused >= 5, f"{name} accepts nearly any {argument}"
+
+
+def test_values_that_do_not_belong_to_the_tokens_are_refused():
+    tokens = _tokens()
+    with pytest.raises(sma.SmaError, match=r"values of shape \(5, 4\) for 6 tokens"):
+        sma.extract(torch.ones(5, 4), tokens, torch.ones(2, 3, 4))
+    with pytest.raises(sma.SmaError, match=r"like_BLD has shape \(3, 2, 4\); expected \(B, L, …\) with B=2"):
+        sma.extract(torch.ones(6, 4), tokens, torch.ones(3, 2, 4))
+
+
+def test_overrides_are_a_mapping_or_a_list_of_settings():
+    settings = {"width": 16, "layers[0].modules.mlp.hidden_size": 12}
+    expected = sma.load_spec(SPEC, overrides=settings)
+    assert (expected.width, expected.layer_specs[0].modules["mlp"].hidden_size) == (16, 12)
+    assert sma.load_spec(SPEC, overrides=[f"{path}={value}" for path, value in settings.items()]) == expected
