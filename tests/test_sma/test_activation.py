@@ -141,7 +141,7 @@ def test_nothing_active_gives_zeros():
     "subset", [pytest.param(s, id="+".join(s) or "none") for n in range(4) for s in itertools.combinations("abc", n)]
 )
 def test_every_subset_of_sub_modules_can_be_chosen_by_a_token(subset):
-    router = SMARouterSpec().build(WIDTH, "abc")
+    router = SMARouterSpec().build(WIDTH, ["a", "b", "c"])
     with torch.no_grad():
         router.weight.zero_()
         router.bias.copy_(torch.tensor([[1.0, 2.0] if name in subset else [2.0, 1.0] for name in "abc"]).flatten())
@@ -154,7 +154,7 @@ def test_every_subset_of_sub_modules_can_be_chosen_by_a_token(subset):
 
 
 def test_tokens_of_one_batch_choose_different_subsets():
-    router = SMARouterSpec().build(3, "abc")
+    router = SMARouterSpec().build(3, ["a", "b", "c"])
     with torch.no_grad():
         router.weight.zero_()
         router.weight[1::2] = torch.eye(3)

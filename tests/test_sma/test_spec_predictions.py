@@ -83,7 +83,7 @@ class TestPredictions:
     @given(tokens=st.integers(0, 30), width=st.sampled_from([1, 5]), modules=st.integers(0, 3))
     def test_macs_of_the_router_agree_with_the_count_of_torch(self, tokens, width, modules):
         for spec in (SMARouterSpec(), RandomRouterSpec(rate=0.5)):
-            router = spec.build(width, "abc"[:modules])
+            router = spec.build(width, list("abc"[:modules]))
             with FlopCounterMode(display=False) as counter:
                 router(normal(1, tokens, width, dtype=torch.float32))
             assert tokens * spec.macs_per_token(width, modules) == counter.get_total_flops() / 2
