@@ -1,6 +1,7 @@
 """Baselines of SeqBoat, derived from its experiment, with the same components and trainer."""
 
 from collections.abc import Callable
+from itertools import chain
 from typing import Protocol, cast, runtime_checkable
 
 from sma.errors import SpecError, did_you_mean
@@ -55,20 +56,28 @@ def baseline(name: str, spec: ExperimentSpec) -> ExperimentSpec:
     | `transformer` | pre-norm blocks of multi-head attention over the whole row and a gated MLP, rotary positions |
     | `local_attention` | the same, with attention limited to the window |
 
+    A layer without a routed attention keeps its place: `s4d` and the transformers replace it like the others, with the
+    window and direction of the first attention; the other baselines leave it unchanged.
+
     The numbers of parameters differ, and the table lists them; `with_parameters` makes them equal.
 
     Raises:
-        SpecError: the name is unknown, or a layer is not a SeqBoat layer (a backbone and one routed attention).
+        SpecError: the name is unknown, a layer is not a SeqBoat layer (a backbone and at most one routed attention), or
+            no layer has an attention.
     """
     if name not in BASELINES:
         raise SpecError(f"unknown model {name!r}{did_you_mean(name, BASELINES, 'models')}")
     for index, layer in enumerate(spec.model.layer_specs):
         parts = list(layer.modules.values())
-        if layer.backbone is None or len(parts) != 1 or not isinstance(parts[0], RoutedAttention):
+        if layer.backbone is None or len(parts) > 1 or not all(isinstance(part, RoutedAttention) for part in parts):
             raise SpecError(
-                f"layer {index} of the experiment must be a SeqBoat layer: "
-                "a backbone and one routed sub-module that is an attention with a window, such as the kind 'gau'"
+                f"layer {index} of the experiment must be a SeqBoat layer: a backbone and at most one routed "
+                "sub-module, which is an attention with a window, such as the kind 'gau'"
             )
+    if not any(layer.modules for layer in spec.model.layer_specs):
+        raise SpecError(
+            "no layer of the experiment has a routed attention, such as the kind 'gau', to compare with baselines"
+        )
     return BASELINES[name](spec)
 
 
@@ -97,14 +106,9 @@ def with_parameters(name: str, spec: ExperimentSpec, step: int = 4) -> Experimen
     return last
 
 
-def _attention(layer: LayerSpec) -> RoutedAttention:
-    (part,) = layer.modules.values()
-    return cast(RoutedAttention, part)  # checked by `baseline`
-
-
-def _window(layer: LayerSpec) -> int:
-    """The window of a layer's attention; 128 if it has none and the model needs one."""
-    return _attention(layer).window or 128
+def _window(attention: RoutedAttention) -> int:
+    """The window of an attention; 128 if it has none and the model needs one."""
+    return attention.window or 128
 
 
 def _with_attention(layer: LayerSpec, attention: SubModuleSpec) -> LayerSpec:
@@ -112,10 +116,26 @@ def _with_attention(layer: LayerSpec, attention: SubModuleSpec) -> LayerSpec:
 
 
 def _each_layer(
-    spec: ExperimentSpec, change: Callable[[LayerSpec], list[LayerSpec]], training: TrainingSpec | None = None
+    spec: ExperimentSpec,
+    change: Callable[[LayerSpec, RoutedAttention], list[LayerSpec]],
+    training: TrainingSpec | None = None,
 ) -> ExperimentSpec:
-    layers = tuple(new for layer in spec.model.layer_specs for new in change(layer))
-    return spec.replace(model=spec.model.replace(layers=layers), training=training or spec.training)
+    """Replace every layer by those that `change` makes of it and of its attention, or of the first one."""
+    layers = spec.model.layer_specs
+    attentions = [cast(RoutedAttention, next(iter(layer.modules.values()), None)) for layer in layers]
+    first = next(filter(None, attentions))  # checked by `baseline`
+    changed = [change(layer, attention or first) for layer, attention in zip(layers, attentions, strict=True)]
+    model = spec.model.replace(layers=tuple(chain.from_iterable(changed)))
+    return spec.replace(model=model, training=training or spec.training)
+
+
+def _each_routed_layer(
+    spec: ExperimentSpec,
+    change: Callable[[LayerSpec, RoutedAttention], LayerSpec],
+    training: TrainingSpec | None = None,
+) -> ExperimentSpec:
+    """Replace every layer with an attention; the others are unchanged."""
+    return _each_layer(spec, lambda layer, own: [change(layer, own) if layer.modules else layer], training)
 
 
 def _unrouted(spec: ExperimentSpec) -> TrainingSpec:
@@ -124,30 +144,29 @@ def _unrouted(spec: ExperimentSpec) -> TrainingSpec:
 
 
 def _attend_to_all(spec: ExperimentSpec) -> ExperimentSpec:
-    return _each_layer(spec, lambda layer: [_with_attention(layer, _attention(layer).attending_to_all())])
+    return _each_routed_layer(spec, lambda layer, attention: _with_attention(layer, attention.attending_to_all()))
 
 
 def _always(spec: ExperimentSpec) -> ExperimentSpec:
-    return _each_layer(spec, lambda layer: [layer.replace(router=AlwaysRouterSpec())], _unrouted(spec))
+    return _each_routed_layer(spec, lambda layer, _: layer.replace(router=AlwaysRouterSpec()), _unrouted(spec))
 
 
 def _mega_chunk(spec: ExperimentSpec) -> ExperimentSpec:
-    def change(layer: LayerSpec) -> list[LayerSpec]:
-        chunked = _with_attention(layer, _attention(layer).in_chunks(_window(layer)))
-        return [chunked.replace(router=AlwaysRouterSpec())]
+    def change(layer: LayerSpec, attention: RoutedAttention) -> LayerSpec:
+        return _with_attention(layer, attention.in_chunks(_window(attention))).replace(router=AlwaysRouterSpec())
 
-    return _each_layer(spec, change, _unrouted(spec))
+    return _each_routed_layer(spec, change, _unrouted(spec))
 
 
 def _backbone_alone(spec: ExperimentSpec) -> ExperimentSpec:
-    return _each_layer(spec, lambda layer: [layer.replace(modules=FrozenDict())], _unrouted(spec))
+    return _each_layer(spec, lambda layer, _: [layer.replace(modules=FrozenDict())], _unrouted(spec))
 
 
 def _s4d(spec: ExperimentSpec) -> ExperimentSpec:
     from sma.modules.s4d import S4DSpec
 
-    def change(layer: LayerSpec) -> list[LayerSpec]:
-        s4d = S4DSpec(state_size=S4D_STATES, bidirectional=_attention(layer).bidirectional)
+    def change(layer: LayerSpec, own: RoutedAttention) -> list[LayerSpec]:
+        s4d = S4DSpec(state_size=S4D_STATES, bidirectional=own.bidirectional)
         return [layer.replace(backbone=s4d, backbone_activation="none", modules=FrozenDict())]
 
     return _each_layer(spec, change, _unrouted(spec))
@@ -173,12 +192,12 @@ def _transformer(spec: ExperimentSpec, local: bool = False) -> ExperimentSpec:
             dropout_on="sum",
         )
 
-    def change(layer: LayerSpec) -> list[LayerSpec]:
-        both_ways = _attention(layer).bidirectional
+    def change(layer: LayerSpec, own: RoutedAttention) -> list[LayerSpec]:
+        both_ways = own.bidirectional
         attention: SubModuleSpec = AttentionSpec(heads=heads, bidirectional=both_ways, position=RotarySpec())
         if local:
             attention = LocalAttentionSpec(
-                heads=heads, bidirectional=both_ways, position=RotarySpec(), window=_window(layer)
+                heads=heads, bidirectional=both_ways, position=RotarySpec(), window=_window(own)
             )
         return [block(attention, layer), block(GatedMLPSpec(hidden_size=2 * width), layer)]
 

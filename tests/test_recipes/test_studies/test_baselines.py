@@ -7,20 +7,24 @@ import torch
 
 from sma.errors import SpecError
 from sma.ragged import rectangular
-from sma.recipes.experiment import load_experiment
+from sma.recipes.experiment import RoutingLosses, load_experiment
 from sma.recipes.studies.baselines import BASELINES, baseline, with_parameters
+from sma.routers import AlwaysRouterSpec
 from tests.test_recipes.tiny import EXPERIMENT, tiny
 
 
 @pytest.mark.parametrize("name", BASELINES)
-@pytest.mark.parametrize("preset", ["listops_tiny", "text_paper", "retrieval_paper", "image_paper"])
+@pytest.mark.parametrize("preset", ["listops_tiny", "text_paper", "retrieval_paper", "image_paper", "pathfinder_tiny"])
 def test_baseline_builds_with_the_predicted_parameters_and_differs_only_in_its_layers(preset, name):
     spec = load_experiment(preset)
     made = baseline(name, spec)
     assert sum(parameter.numel() for parameter in made.model.build().parameters()) == made.model.num_parameters()
     assert made.model.replace(layers=spec.model.layers) == spec.model
+    expected = spec.training
+    if name not in ("seqboat", "seqboat_full"):
+        expected = expected.replace(budget=None, losses=RoutingLosses(), router_learning_rate=None)
     training = made.training.replace(learning_rate=spec.training.learning_rate)
-    assert (made.task, training, made.seed) == (spec.task, spec.training, spec.seed)
+    assert (made.task, training, made.seed) == (spec.task, expected, spec.seed)
     assert load_experiment(json.loads(made.model_dump_json())) == made
 
 
@@ -57,6 +61,19 @@ def test_equal_parameters_come_from_the_nearest_width(name, width):
     assert with_parameters("seqboat", spec) == spec
 
 
+def test_a_layer_without_attention_keeps_its_place():
+    spec = load_experiment("pathfinder_tiny")
+    backbone, routed = spec.model.layer_specs
+    layers = {name: baseline(name, spec).model.layer_specs for name in BASELINES}
+    for name in ("always", "mega_chunk", "seqboat_full", "seqboat", "ema"):
+        assert len(layers[name]) == 2
+        assert layers[name][0] == backbone
+    assert layers["always"][1] == routed.replace(router=AlwaysRouterSpec())
+    assert [layer.backbone.kind for layer in layers["s4d"]] == ["s4d"] * 2
+    assert [layer.backbone.kind for layer in layers["local_attention"]] == ["local_attention", "gated_mlp"] * 2
+    assert {layer.backbone.window for layer in layers["local_attention"][::2]} == {routed.modules["attention"].window}
+
+
 def test_mega_chunk_applies_the_always_active_unit_to_fixed_chunks():
     spec = tiny()
     model = baseline("mega_chunk", spec).model.build().eval()
@@ -77,6 +94,7 @@ def test_mega_chunk_applies_the_always_active_unit_to_fixed_chunks():
             "layer 0 of the experiment must be a SeqBoat layer",
         ),
         ("ema", ["layers.layer.backbone=null"], "layer 0 of the experiment must be a SeqBoat layer"),
+        ("always", ["layers.layer.modules={}"], "no layer of the experiment has a routed attention"),
     ],
 )
 def test_baselines_that_cannot_be_built_are_refused(name, settings, complaint):
