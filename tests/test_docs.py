@@ -10,6 +10,7 @@ import io
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -94,3 +95,23 @@ def test_the_page_of_the_conformance_kit_lists_every_law(laws: Sequence[Callable
     page = (ROOT / "docs" / "conformance.md").read_text(encoding="utf-8")
     rows = [f"| `{law.__name__}` | {(law.__doc__ or '').strip().splitlines()[0]} |" for law in laws]
     assert "\n".join(rows) in page
+
+
+def _git(*words: str, text: str = "") -> str:
+    return subprocess.run(["git", *words], cwd=ROOT, input=text, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.skipif(shutil.which("git") is None or not (ROOT / ".git").exists(), reason="needs the repository and git")
+def test_every_commit_named_in_a_page_exists() -> None:
+    if _git("rev-parse", "--is-shallow-repository").strip() == "true":
+        pytest.skip("the history of this clone is incomplete")
+    named = {
+        (page.name, found)
+        for page in [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")]
+        for found in re.findall(r"\b[0-9a-f]{7,12}\b(?!…)", page.read_text(encoding="utf-8"))
+        if not found.isdecimal() and not found.isalpha()
+    }
+    assert len(named) > 50
+    kinds = _git("cat-file", "--batch-check=%(objecttype)", text="".join(f"{found}\n" for _, found in sorted(named)))
+    missing = [each for each, kind in zip(sorted(named), kinds.splitlines(), strict=True) if kind != "commit"]
+    assert missing == []
