@@ -225,7 +225,7 @@ def _sweep(options: Options) -> SweepSpec:
         samples=options.samples,
         objectives=None if objectives is None else tuple(name.strip() for name in objectives.split(",")),
         seed=options.search_seed,
-        stopping=stopping or None,
+        stopping={**(source.get("stopping") or {}), **stopping} if stopping else None,
     )
     changed = [*(f"{path}={value}" for path, value in (source.get("settings") or {}).items()), *settings]
     if changed:

@@ -59,7 +59,7 @@ def _run_trials(
     began = time.time()
     with cluster(resources, sweep.samples, data.num_bytes) as slots:
         quiet()
-        number = add_driver(storage, slots)
+        number = add_driver(storage, slots, began)
         trainable = tune.with_parameters(
             run_trial, sweep=sweep, data=data, cpus=slots.cpus, accelerator=slots.accelerator
         )

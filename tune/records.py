@@ -135,6 +135,11 @@ def _check_record(record: TrialRecord, name: str, where: str, sweep: SweepSpec |
         raise CheckpointError(f"{where} is not a record of a trial of this sweep: {wrong}; {_HINT}")
 
 
+def clock_key(began: float) -> str:
+    """The name of a driver in the clock: when it began, in seconds since 1970."""
+    return f"{began:.3f}"
+
+
 def load_clock(storage: Storage) -> dict[str, float]:
     """The seconds that every driver ran, by its start.
 

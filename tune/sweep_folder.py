@@ -8,6 +8,7 @@ from sma.recipes.io.claims import LOCK
 from sma.recipes.training.provenance import commit, hardware
 from sma.spec import dump_yaml
 from sma.tune.cluster import Slots
+from sma.tune.records import clock_key
 from sma.tune.storage import Storage
 from sma.tune.sweep import SweepSpec
 from sma.yaml_text import read_fields
@@ -71,10 +72,11 @@ def check_same(storage: Storage, content: bytes | None) -> None:
         )
 
 
-def add_driver(storage: Storage, slots: Slots) -> int:
-    """Add the slots, commit, hardware and date of a new driver to the list of drivers; returns its number."""
+def add_driver(storage: Storage, slots: Slots, began: float = 0.0) -> int:
+    """Add the slots, start, commit, hardware and date of a new driver to the list of drivers; returns its number."""
     drivers = load_drivers(storage)
     made = {
+        "began": clock_key(began),
         "commit": commit(),
         "hardware": hardware(slots.accelerator, slots.cpus),
         "date": datetime.now(UTC).date().isoformat(),

@@ -116,9 +116,11 @@ def summarise(records: Sequence[TrialRecord], sweep: SweepSpec, storage: Storage
         status: sum(record.status == status for record in records)
         for status in ("finished", "stopped", "failed", "running")
     }
-    seconds = sum(load_clock(storage).values())
-    driver = (load_drivers(storage) or [{}])[-1]
+    clock, drivers = load_clock(storage), load_drivers(storage)
+    seconds, driver = sum(clock.values()), (drivers or [{}])[-1]
     slots = driver.get("concurrent", 1)
+    by_driver = {each.get("began"): each["concurrent"] for each in drivers}
+    room = sum(by_driver.get(began, slots) * spent for began, spent in clock.items())
     busy = sum(record.seconds for record in records)
     found = {record.number: record for record in records}
     baseline, sparsest = found.get(0), sparsest_as_good(records, sweep)
@@ -140,7 +142,7 @@ def summarise(records: Sequence[TrialRecord], sweep: SweepSpec, storage: Storage
         "busy_slot_seconds": round(busy, 1),
         "slots": slots,
         "seconds": round(seconds, 1),
-        "idle_share": round(max(0.0, 1 - busy / (slots * seconds)), 4) if seconds else None,
+        "idle_share": round(max(0.0, 1 - busy / room), 4) if room else None,
         "seed": sweep.experiment.seed,
         "search_seed": sweep.seed,
         **{name: driver.get(name) for name in ("commit", "hardware", "date")},

@@ -25,7 +25,7 @@ from rich.text import Text
 
 from sma.errors import SmaError
 from sma.tune.pulse import Listener, forget_pulses
-from sma.tune.records import TrialRecord, load_clock, save_clock
+from sma.tune.records import TrialRecord, clock_key, load_clock, save_clock
 from sma.tune.storage import Storage
 from sma.tune.sweep import RATE, SweepSpec
 from sma.tune.sweep_folder import SWEEP, check_same
@@ -194,7 +194,7 @@ class Recorder(tune.Callback):
             self.live.update(self._table(self.live.console))
 
     def _tick(self) -> None:
-        self.clock[f"{self.began:.3f}"] = round(time.time() - self.began, 3)
+        self.clock[clock_key(self.began)] = round(time.time() - self.began, 3)
         self._guard(lambda: save_clock(self.storage, self.clock))
 
     def _guard(self, write: Callable[[], object]) -> None:

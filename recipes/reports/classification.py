@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sma.budget_spec import BudgetSpec
 from sma.decision import Decision
 from sma.model import ModelSpec, SequenceModel
 from sma.recipes.io.names import plain
 from sma.recipes.reports.activation_maps import Example, Modality, beside, draw_map, height_of
 from sma.recipes.reports.confusion import Confusion
 from sma.recipes.reports.figures import drawing, label, save_figure
+from sma.recipes.reports.hints import Routing, hints
 from sma.recipes.tasks.batch import UNSCORED, Batch
 from sma.recipes.tasks.contract import Samples, TaskData
 from sma.repeat import RepeatSpec
@@ -48,9 +48,8 @@ class ClassificationReport(NamedTuple):
         roles: role of a position by the first character of its text; empty if positions have no roles.
         by_group: accuracy on the measured samples of every group; empty if samples have no groups.
         without_layer: accuracy on the measured samples with the sub-modules of one routed layer switched off, by layer.
-        router: field path of the router, for suggestions: that of all layers, or of the first routed one of a list.
-        fixed: whether the rates of all routers are fixed, so that no suggestion can change them.
-        budget: the budget of the training; None without one.
+        routing: settings of the routers, for suggestions.
+        per_position: whether a sample has several targets; the examples then count targets and right answers.
     """
 
     majority: float
@@ -64,9 +63,8 @@ class ClassificationReport(NamedTuple):
     roles: Mapping[str, str] = MappingProxyType({})
     by_group: Mapping[str, float] = MappingProxyType({})
     without_layer: tuple[float, ...] = ()
-    router: str = "layers.layer.router"
-    fixed: bool = False
-    budget: BudgetSpec | None = None
+    routing: Routing = Routing()
+    per_position: bool = False
 
     @property
     def rates_by_role(self) -> dict[str, list[float]]:
@@ -135,7 +133,9 @@ class ClassificationReport(NamedTuple):
             f"summary           {plain(out / 'summary.json')}",
             "",
         ]
-        return "\n".join([*lines, *(f"next: {hint}" for hint in _hints(self, summary))])
+        return "\n".join(
+            [*lines, *(f"next: {hint}" for hint in hints(summary, self.majority, self.modules, self.routing))]
+        )
 
     def draw(self, out: Path, title: str) -> Path:
         """Draw the active positions per layer, and the rates over training, into `activation.png`.
@@ -223,18 +223,18 @@ def measure_activation(
         roles=data.roles,
         by_group={group: statistics.fmean(hits) for group, hits in sorted(groups.items())},
         without_layer=without,
-        router=_router_path(model.spec),
-        fixed=all(router.fixed_rate for router in routers),
+        routing=Routing(_router_paths(model.spec), all(router.fixed_rate for router in routers)),
+        per_position=batch.targets.ndim == 2,
     )
 
 
-def _router_path(spec: ModelSpec) -> str:
-    """Field path of the router of all layers, or of the first routed layer of a list."""
+def _router_paths(spec: ModelSpec) -> tuple[str, ...]:
+    """Field paths of the routers: that of all layers, or one for each routed layer of a list."""
     layers = spec.layers.layer if isinstance(spec.layers, RepeatSpec) else spec.layers
     path = "layers.layer" if isinstance(spec.layers, RepeatSpec) else "layers"
-    if isinstance(layers, tuple):
-        path += f".{next((number for number, layer in enumerate(layers) if layer.modules), 0)}"
-    return f"{path}.router"
+    if not isinstance(layers, tuple):
+        return (f"{path}.router",)
+    return tuple(f"{path}.{number}.router" for number, layer in enumerate(layers) if layer.modules)
 
 
 def _right_without(layer: int, model: SequenceModel, batch: Batch, decisions: Sequence[Decision]) -> int:
@@ -289,44 +289,6 @@ def where_figure(out: Path) -> str:
     return plain(out / FIGURE) if (out / FIGURE).is_file() else "none: it could not be drawn, see the warning above"
 
 
-def _hints(report: ClassificationReport, summary: Mapping[str, Any]) -> list[str]:
-    """Suggestions that fit the results of a run."""
-    accuracy, rates, updates = summary["test_accuracy"], summary["activation_rate"], summary["updates"]
-    best = summary.get("best_update", updates)
-    hints = []
-    if accuracy <= report.majority + 0.01:
-        hints.append("the accuracy is that of the majority class, so the model has not learned the task yet")
-    if rates and not report.fixed:
-        hints += _rate_hints(rates, report.budget)
-        names = " and ".join(map(plain, report.modules)) or "routed sub-modules"
-        hints.append(f"--set {report.router}='{{kind: never}}' trains the same model without {names}")
-    if best <= 0.7 * updates:
-        hints.append(f"the best checkpoint is that of update {best:,} of {updates:,}: more updates may not help")
-    elif accuracy < 0.99:
-        hints.append(f"--set training.updates={2 * updates} trains twice as long")
-    return hints
-
-
-def _rate_hints(rates: Sequence[float], budget: BudgetSpec | None) -> list[str]:
-    """Suggestions for layers that run on no token, or on nearly every token."""
-    hints = []
-    dead = min(rates) < 0.001
-    if budget is None:
-        if dead:
-            hints.append(
-                "a router is dead: its layer has only the backbone; --set training.budget.target=0.3 keeps routers "
-                "alive"
-            )
-        if max(rates) > 0.9:
-            hints.append("a layer runs on nearly every token; --set training.budget.target=0.3 lowers the rate")
-    elif dead and budget.over == "total":
-        hints.append(
-            "a layer is off, because the budget covers all layers together; --set training.budget.over=each keeps "
-            "each of them active"
-        )
-    return hints
-
-
 def rates_over_training(out: Path) -> dict[str, list[tuple[int, float]]]:
     """Read the logged activation rates of a run, over all its interruptions: (update, rate) pairs by curve name.
 
@@ -359,10 +321,13 @@ def _whole_lines(path: Path) -> list[str]:
 
 def _caption(report: ClassificationReport, example: Example) -> str:
     names = report.class_names
+    mark = "orange" if report.modality.image_shape is not None else "dark"
+    shown = f"{mark}: {' or '.join(report.modules)} active"
+    if report.per_position:
+        return f"{example.guess} of {example.target} answers correct; {shown}"
     answer, guess = (label(names[index], 40) if names else str(index) for index in (example.target, example.guess))
     predicted = "predicted correctly" if example.guess == example.target else f"predicted {guess}"
-    mark = "orange" if report.modality.image_shape is not None else "dark"
-    return f"class {answer}, {predicted}; {mark}: {' or '.join(report.modules)} active"
+    return f"class {answer}, {predicted}; {shown}"
 
 
 def draw_rates(axis: Any, out: Path) -> None:

@@ -1,5 +1,6 @@
 """The table and the figure of SeqBoat and its baselines."""
 
+import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import cycle
@@ -83,7 +84,7 @@ def _models(summaries: Mapping[str, Summary]) -> list[str]:
 
 
 def draw_parts(summaries: Mapping[str, Summary], out: Path) -> Path:
-    """Draw the metric of every model over several comparisons, and its rates, into `comparison.png`."""
+    """Draw the metric of every model over several comparisons, and its rates, into `comparison.png`: means of seeds."""
     metrics = [metric_of(summary) for summary in summaries.values()]
     scale, unit = (100, ", %") if all(metric.percent for metric in metrics) else (1, "")
     names = " / ".join(dict.fromkeys(metric.name.replace("_", " ") for metric in metrics))
@@ -96,12 +97,13 @@ def draw_parts(summaries: Mapping[str, Summary], out: Path) -> Path:
                 for row in summary["rows"]
                 if row["variant"] == name
             ]
-            points = [(index, scale * value_of(row, metrics[index])) for index, row in rows]
+            points = _means([(index, scale * value_of(row, metrics[index])) for index, row in rows])
             (line,) = measure.plot(*zip(*points, strict=True), "-o", markersize=5, label=label(name, 40))
             by_layer: dict[int, list[tuple[int, float]]] = defaultdict(list)
             for index, row in rows:
                 for layer, rate in enumerate(layer_rates(row["rates"])):
                     by_layer[layer].append((index, 100 * rate))
+            by_layer = {layer: _means(each) for layer, each in by_layer.items()}
             for (layer, points), style in zip(by_layer.items(), cycle(("-o", "--s", ":^", "-.d")), strict=False):
                 text = f"{label(name, 40)}, layer {layer}"
                 rates_axis.plot(*zip(*points, strict=True), style, color=line.get_color(), label=text)
@@ -114,6 +116,14 @@ def draw_parts(summaries: Mapping[str, Summary], out: Path) -> Path:
             if axis.lines:
                 axis.legend(fontsize=7)
         return save_figure(figure, out / FIGURE)
+
+
+def _means(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """One point for each x: the mean over the seeds."""
+    found: dict[int, list[float]] = defaultdict(list)
+    for x, y in points:
+        found[x].append(y)
+    return [(x, statistics.fmean(each)) for x, each in found.items()]
 
 
 def _speed_note(summary: Summary) -> str:

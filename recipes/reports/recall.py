@@ -47,7 +47,7 @@ def draw_recall(report: ClassificationReport, shown: str, summary: Summary, out:
         if "calibrated" in summary:
             points = summary["calibrated"]
             sweep.plot(
-                [point["activation_rate"] for point in points],
+                [point["highest_rate"] for point in points],
                 [point["accuracy"] for point in points],
                 "k--.",
                 label="seqboat, rate sweep",

@@ -87,7 +87,7 @@ def with_parameters(name: str, spec: ExperimentSpec, step: int = 4) -> Experimen
     Args:
         name: see `baseline`.
         spec: the experiment.
-        step: the width is a multiple of it, so that the heads of an attention can divide the channels.
+        step: the width is that of the experiment, or a multiple of `step`, which the heads of an attention can divide.
     """
 
     def made(width: int) -> ExperimentSpec:
@@ -97,6 +97,8 @@ def with_parameters(name: str, spec: ExperimentSpec, step: int = 4) -> Experimen
     last = baseline(name, spec)
     width = spec.model.width - spec.model.width % step
     up = last.model.num_parameters() < asked
+    if not up and spec.model.width % step:  # the next lower multiple is `width` itself
+        width += step
     while (width := width + (step if up else -step)) > 0:
         following = made(width)
         distances = [abs(each.model.num_parameters() - asked) for each in (last, following)]
@@ -125,7 +127,9 @@ def _each_layer(
     attentions = [cast(RoutedAttention, next(iter(layer.modules.values()), None)) for layer in layers]
     first = next(filter(None, attentions))  # checked by `baseline`
     changed = [change(layer, attention or first) for layer, attention in zip(layers, attentions, strict=True)]
-    model = spec.model.replace(layers=tuple(chain.from_iterable(changed)))
+    made = tuple(chain.from_iterable(changed))
+    shared = spec.model.shared_router and any(layer.modules for layer in made)
+    model = spec.model.replace(layers=made, shared_router=shared)
     return spec.replace(model=model, training=training or spec.training)
 
 

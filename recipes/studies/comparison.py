@@ -3,6 +3,7 @@
 import json
 import re
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -29,6 +30,7 @@ from sma.recipes.studies.folder import NEW, asked_study, refuse_changes, write_d
 from sma.recipes.studies.grid import Results, Run
 from sma.recipes.studies.study import TABLE, conduct, refuse_failures, report_study, run_study
 from sma.recipes.tasks.contract import TaskData
+from sma.recipes.training.devices import check_device
 from sma.recipes.training.options import CallOptions
 from sma.recipes.training.start import folder_of
 
@@ -107,7 +109,9 @@ class Comparison(Study[ComparisonOptions, ComparisonChosen]):
         for name in chosen.variants:
             baseline(name, spec)
 
-    def runs(self, spec: ExperimentSpec, chosen: ComparisonChosen, data: TaskData, out: Path) -> list[Run]:
+    def runs(
+        self, spec: ExperimentSpec, chosen: ComparisonChosen, data: TaskData, out: Path, accelerator: str = "auto"
+    ) -> list[Run]:
         runs = []
         for name in chosen.variants:
             model = with_parameters(name, spec) if chosen.equal_parameters else baseline(name, spec)
@@ -117,7 +121,7 @@ class Comparison(Study[ComparisonOptions, ComparisonChosen]):
                 updates = (
                     load_experiment(first).training.updates
                     if first.is_file()
-                    else updates_in(60 * chosen.minutes, model, data)
+                    else updates_in(60 * chosen.minutes, model, data, accelerator)
                 )
                 model = with_updates(model, updates)
             for seed in range(spec.seed, spec.seed + (chosen.seeds or 1)):
@@ -146,7 +150,11 @@ class Comparison(Study[ComparisonOptions, ComparisonChosen]):
             folder, length = begun.out / row["name"], begun.chosen.length
             device = "cuda" if read_summary(folder).get("device") == "cuda" else "cpu"
             print(f"measuring {row['variant']} at {length:,} tokens on {device}", flush=True)
-            found = efficiency(folder, length, device=device, threads=begun.spec.threads)
+            try:
+                found = efficiency(folder, length, device=device, threads=begun.spec.threads)
+            except CheckpointError as error:  # for example a model of a GPU, on a machine without one
+                print(f"warning: {row['variant']} is not measured: {error}", file=sys.stderr, flush=True)
+                continue
             write_text(folder / EFFICIENCY, json.dumps(found))
         return {}
 
@@ -169,18 +177,22 @@ def run_comparison(options: ComparisonOptions) -> dict[str, Any]:
         if not (options.resume / SEVERAL).is_file():
             return run_study(study, options)
     elif len(_parts(options)) == 1 and not options.vary:
-        return run_study(study, options)
+        task = options.task.strip()
+        return run_study(study, options if task == options.task else options.model_copy(update={"task": task}))
     named = options.model_copy(update={"task": f"compare-{options.task.replace(',', '-').replace(' ', '')}"})
     with folder_of(named, SEVERAL, "study of several tasks") as (out, began):
         parts = _begun_parts(options, out) if began else _begin_parts(study, options, out)
-        summaries: dict[str, Any] = {}
+        finished = {part: out / part / SUMMARY for part in parts if (out / part / SUMMARY).is_file()}
+        summaries: dict[str, Any] = {
+            part: read_checked(path, _is_summary, "the summary of a study", NEW) for part, path in finished.items()
+        }
         failures: list[str] = []
         for part, asked in parts.items():
             how = {**asked, "out": out / part} if options.auto_resume else {"resume": out / part, "out": None}
             summaries[part], failed, _ = conduct(study, options.model_copy(update=how))
             failures += [f"{part}/{name}" for name in failed]
-            _write_tasks(summaries, out)
-        _show_tasks(summaries, out)
+            _write_tasks({each: summaries[each] for each in parts if each in summaries}, out)
+        _show_tasks({part: summaries[part] for part in parts}, out)
         refuse_failures(failures, out, options)
     return summaries
 
@@ -235,6 +247,10 @@ def _read_parts(out: Path) -> list[str]:
     return parts
 
 
+def _is_summary(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("rows"), list)
+
+
 def _are_parts(value: Any) -> bool:
     """Whether a value is a list of tasks or of settings of a comparison."""
     return isinstance(value, list) and bool(value) and all(isinstance(each, str) and _PART(each) for each in value)
@@ -254,11 +270,19 @@ def _parts(options: ComparisonOptions) -> dict[str, dict[str, Any]]:
             parts[task] = own
         for given in options.vary:
             settings = re.split(r",(?=[\w.]+=)", given)
-            name = re.sub(r"[^\w.=,+-]", "", ",".join([*own.values(), *map(_short, settings)]))
+            part = {**own, "set": [*options.set, *settings]}
+            name = _folder([*own.values(), *map(_short, settings)])
+            if name in parts and part != parts[name]:  # fields of the same name
+                name = _folder([*own.values(), *settings])
             if name in parts:
                 raise SpecError(f"--vary {quote(given)} is given twice; give every combination of settings once")
-            parts[name] = {**own, "set": [*options.set, *settings]}
+            parts[name] = part
     return parts
+
+
+def _folder(words: Sequence[str]) -> str:
+    """The name of the folder of a part."""
+    return re.sub(r"[^\w.=,+-]", "", ",".join(words))
 
 
 def _short(setting: str) -> str:
@@ -272,6 +296,8 @@ def _tasks(given: str) -> list[str]:
     for task in tasks:
         if task not in TASKS:
             raise SpecError(f"unknown task {task!r}{did_you_mean(task, TASKS, 'tasks')}")
+    if len(set(tasks)) < len(tasks):
+        raise SpecError(f"--task {given!r} names a task twice; give each one once")
     return tasks
 
 
@@ -295,16 +321,23 @@ def _is_efficiency(value: Any) -> bool:
     )
 
 
-def updates_in(seconds: float, spec: ExperimentSpec, data: TaskData, tried: int = 12) -> int:
-    """Estimate the number of updates in a time from some timed updates; with a budget, at the rates of its schedule."""
+def updates_in(seconds: float, spec: ExperimentSpec, data: TaskData, accelerator: str = "auto", tried: int = 12) -> int:
+    """Estimate the number of updates in a time from some timed updates on the device of the training; with a budget, at
+    the rates of its schedule.
+    """
     # Lightning takes seconds to import, which --help does not need.
+    from lightning.fabric.utilities import move_data_to_device
+
     from sma.recipes.training.objective import load_objective
+
+    device = torch.device(check_device(accelerator, spec.precision))
+    narrow = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(spec.precision)
 
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
     training = spec.training.replace(graph=False)  # the updates are made here
     objective = load_objective(spec.task, data)
-    module = objective.module(spec.model.build(), training)
+    module = objective.module(spec.model.build(), training).to(device)
     controller = module.controller
     if controller is not None:  # each update uses the next rate of the schedule
         move = controller.move
@@ -320,15 +353,19 @@ def updates_in(seconds: float, spec: ExperimentSpec, data: TaskData, tried: int 
             if controller is not None:
                 controller.updates.fill_(number * training.updates // tried)
             since = time.perf_counter()
-            cast(torch.Tensor, module.training_step(batch, number)).backward()
+            with torch.autocast(device.type, narrow, enabled=narrow is not None):
+                loss = cast(torch.Tensor, module.training_step(move_data_to_device(batch, device), number))
+            loss.backward()
             optimizer.step()
             optimizer.zero_grad()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
             times.append(time.perf_counter() - since)
     return max(2, round(seconds / statistics.fmean(times[2:])))
 
 
 def with_updates(spec: ExperimentSpec, updates: int) -> ExperimentSpec:
-    """The same experiment with another number of updates; warm-up and evaluations are scaled."""
+    """The same experiment with another number of updates; warm-up, evaluations and budget are scaled."""
     training = spec.training
     share = updates / training.updates
     changes: dict[str, Any] = {
@@ -338,5 +375,10 @@ def with_updates(spec: ExperimentSpec, updates: int) -> ExperimentSpec:
     }
     if training.budget is not None:
         budget = training.budget
-        changes["budget"] = budget.replace(hold=int(budget.hold * share), anneal=int(budget.anneal * share))
+        changes["budget"] = budget.replace(
+            hold=int(budget.hold * share),
+            anneal=int(budget.anneal * share),
+            until=None if budget.until is None else max(1, int(budget.until * share)),
+            period=max(2, round(budget.period * share)),
+        )
     return spec.replace(training=training.replace(**changes))

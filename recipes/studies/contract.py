@@ -122,7 +122,9 @@ class Study(Generic[Options, Asked]):
         """Convert the content of the file `older` to fields of `chosen` other than `study`."""
         raise TypeError(f"{type(self).__name__} must define upgrade")
 
-    def runs(self, spec: ExperimentSpec, chosen: Asked, data: TaskData, out: Path) -> list[Run]:
+    def runs(
+        self, spec: ExperimentSpec, chosen: Asked, data: TaskData, out: Path, accelerator: str = "auto"
+    ) -> list[Run]:
         """All runs of the grid; runs that `selects` omits are listed if they are finished."""
         raise TypeError(f"{type(self).__name__} must define runs")
 

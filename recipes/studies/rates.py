@@ -1,5 +1,6 @@
 """Accuracy against activation rate: models trained at several rates, and one model calibrated to others."""
 
+import statistics
 from collections.abc import Sequence
 from functools import reduce
 from operator import add
@@ -10,6 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from sma.budget import BudgetSpec
 from sma.calibration import calibrate
 from sma.checkpoint import load
 from sma.errors import SpecError
@@ -19,7 +21,7 @@ from sma.recipes.io.option_parser import Names
 from sma.recipes.io.run_folder import SUMMARY, read_checked
 from sma.recipes.reports.figures import attempt
 from sma.recipes.reports.rates import FIGURE, draw_rates, rates_table
-from sma.recipes.reports.results import Summary
+from sma.recipes.reports.results import Summary, layer_rates
 from sma.recipes.reports.table import Table
 from sma.recipes.studies.contract import Begun, Chosen, Study, StudyOptions
 from sma.recipes.studies.folder import NEW, read_study
@@ -99,6 +101,15 @@ class Rates(Study[RatesOptions, RatesChosen]):
     def names(self, spec: ExperimentSpec) -> dict[str, Sequence[str]]:
         return {"variants": ("trained", *ENDS)}
 
+    def experiment(self, options: RatesOptions) -> ExperimentSpec:
+        """The preset, with a budget if it has none: held for a quarter of the updates, then reached in a quarter."""
+        spec = super().experiment(options)
+        training = spec.training
+        if training.budget is not None or options.spec is not None:
+            return spec
+        budget = BudgetSpec(target=0.5, hold=training.updates // 4, anneal=training.updates // 4)
+        return spec.replace(training=training.replace(budget=budget))
+
     def check(self, spec: ExperimentSpec, chosen: RatesChosen) -> None:
         if not isinstance(spec.task, ClassificationTask):
             raise SpecError(
@@ -109,8 +120,12 @@ class Rates(Study[RatesOptions, RatesChosen]):
             raise SpecError("the models are trained under a budget; set training.budget.target to a rate")
         if not any(layer.modules for layer in spec.model.layer_specs):
             raise SpecError("the experiment has no routed layer, so it has no activation rate; add modules to a layer")
+        for rate in chosen.rates:
+            _at(spec, rate)
 
-    def runs(self, spec: ExperimentSpec, chosen: RatesChosen, data: TaskData, out: Path) -> list[Run]:
+    def runs(
+        self, spec: ExperimentSpec, chosen: RatesChosen, data: TaskData, out: Path, accelerator: str = "auto"
+    ) -> list[Run]:
         made = {variant_of(rate): _at(spec, rate) for rate in chosen.rates}
         made |= {name: with_routers(spec, router) for name, router in ENDS.items()}
         seeds = range(spec.seed, spec.seed + (chosen.seeds or 1))
@@ -186,8 +201,8 @@ def rate_sweep(
         over: what each rate holds for: `each` sub-module, or the `total`, as in `calibrate`.
 
     Returns:
-        a point for every rate: `asked`, the mean `activation_rate` of the sub-modules on the test split, and
-        `accuracy`.
+        a point for every rate: `asked`, the mean `activation_rate` of the layers on the test split, the `highest_rate`
+        of a layer, and `accuracy`.
     """
     model.eval()
     points = []
@@ -204,10 +219,12 @@ def rate_sweep(
             scores, targets = select_scored(cast(Tensor, output.logits), batch.targets)
             right, asked_for = right + int((scores.argmax(-1) == targets).sum()), asked_for + len(targets)
             counts.append(count_rates(output.decisions, batch.valid))
+        layers = layer_rates(reduce(add, counts).by_layer())
         points.append(
             {
                 "asked": asked_rate,
-                "activation_rate": float(reduce(add, counts).rates.mean()),
+                "activation_rate": statistics.fmean(layers),
+                "highest_rate": max(layers),
                 "accuracy": right / asked_for,
             }
         )

@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import reduce
@@ -22,7 +23,7 @@ from sma.recipes.io.option_parser import Names
 from sma.recipes.io.run_folder import read_checked, write_text
 from sma.recipes.reports.figures import attempt
 from sma.recipes.reports.reach import FIGURE, draw_reach, reach_table
-from sma.recipes.reports.results import Summary
+from sma.recipes.reports.results import Summary, layer_rates
 from sma.recipes.reports.table import Table
 from sma.recipes.studies.baselines import baseline, with_parameters
 from sma.recipes.studies.contract import Begun, Chosen, Study, StudyOptions, variants_field
@@ -85,7 +86,9 @@ class Reach(Study[ReachOptions, ReachChosen]):
         for name in chosen.variants:
             baseline(name, spec)
 
-    def runs(self, spec: ExperimentSpec, chosen: ReachChosen, data: TaskData, out: Path) -> list[Run]:
+    def runs(
+        self, spec: ExperimentSpec, chosen: ReachChosen, data: TaskData, out: Path, accelerator: str = "auto"
+    ) -> list[Run]:
         made = {name: with_parameters(name, spec) for name in VARIANTS}
         seeds = range(spec.seed, spec.seed + (chosen.seeds or 1))
         return [Run(f"{name}-{seed}", name, seed, made[name].replace(seed=seed)) for name in VARIANTS for seed in seeds]
@@ -165,7 +168,7 @@ def measure_reach(
             by_distance[2 ** int(math.log2(distance))].append(hit)
         found["recall"][str(length)] = float(right.double().mean())
         if counts:
-            found["rate"][str(length)] = float(reduce(add, counts).rates.mean())
+            found["rate"][str(length)] = statistics.fmean(layer_rates(reduce(add, counts).by_layer()))
     found["distance"] = {str(reach): sum(hits) / len(hits) for reach, hits in sorted(by_distance.items())}
     return found
 

@@ -72,11 +72,13 @@ class Recall(VariantsStudy[RecallOptions]):
         for name, report in reports.items():
             print(f"{name}: tokens that run attention\n{report.describe_roles()}")
         if "seqboat" in models:
-            found["calibrated"] = rate_sweep(models["seqboat"], data, RATES)
+            budget = begun.spec.training.budget
+            over = "each" if budget is None else budget.over
+            found["calibrated"] = rate_sweep(models["seqboat"], data, RATES, over)
             print("seqboat at other rates, without further training")
             for point in found["calibrated"]:
                 print(
-                    f"  target {point['asked']:4.0%}  highest rate {point['activation_rate']:6.1%}  accuracy "
+                    f"  target {point['asked']:4.0%}  highest rate {point['highest_rate']:6.1%}  accuracy "
                     f"{point['accuracy']:6.1%}"
                 )
         shown = "seqboat" if "seqboat" in reports else next(iter(reports))

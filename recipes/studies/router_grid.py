@@ -119,7 +119,9 @@ class RouterTable(Study[TableOptions, TableChosen]):
     def check(self, spec: ExperimentSpec, chosen: TableChosen) -> None:
         grid(spec, chosen.seeds)
 
-    def runs(self, spec: ExperimentSpec, chosen: TableChosen, data: TaskData, out: Path) -> list[Run]:
+    def runs(
+        self, spec: ExperimentSpec, chosen: TableChosen, data: TaskData, out: Path, accelerator: str = "auto"
+    ) -> list[Run]:
         return grid(spec, chosen.seeds)
 
     def selects(self, run: Run, chosen: TableChosen) -> bool:

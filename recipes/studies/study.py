@@ -71,7 +71,7 @@ def conduct(study: Study[Options, Asked], options: Options) -> tuple[dict[str, A
         spec, chosen, now, out = begun
         check_fits(spec, options)
         data = spec.task.prepare(options.data, progress=options.progress)
-        runs = study.runs(spec, chosen, data, out)
+        runs = study.runs(spec, chosen, data, out, options.accelerator)
         only = [run.name for run in runs if study.selects(run, now)]
         left = sum(not (out / name / SUMMARY).is_file() for name in only)
         count = "1 run" if len(only) == 1 else f"{len(only)} runs"
@@ -88,7 +88,7 @@ def report_study(study: Study[Any, Asked], out: Path, options: CallOptions) -> d
     with run_lock(out):
         spec, chosen = read_study(study, out)
         data = spec.task.prepare(options.data, progress=options.progress)
-        runs = study.runs(spec, chosen, data, out)
+        runs = study.runs(spec, chosen, data, out, options.accelerator)
         return _fill(study, Begun(spec, chosen, chosen, out), data, runs, [], options, 0)[0]
 
 

@@ -68,7 +68,9 @@ class VariantsStudy(Study[Options, Chosen]):
     def upgrade(self, older: Any) -> dict[str, Any]:
         return {"variants": older, "seeds": 1}
 
-    def runs(self, spec: ExperimentSpec, chosen: Chosen, data: TaskData, out: Path) -> list[Run]:
+    def runs(
+        self, spec: ExperimentSpec, chosen: Chosen, data: TaskData, out: Path, accelerator: str = "auto"
+    ) -> list[Run]:
         runs = []
         for seed in range(spec.seed, spec.seed + (chosen.seeds or 1)):
             # The folder of the first seed has no number, as with a single seed.
@@ -108,7 +110,8 @@ def with_routers(spec: ExperimentSpec, routers: RouterSpec | Sequence[RouterSpec
     """Return the same experiment with other routers, and with the applicable budget and losses of decisions.
 
     If no router learns a rate, the budget and these losses are removed. If no router is stochastic, the policy gradient
-    is removed. Routers that learn only from a policy gradient get one with weight 1 if there is none.
+    is removed. Routers that learn only from a policy gradient get one with weight 1 if there is none. Layers that
+    shared a router do so only if they get the same one.
 
     Args:
         spec: the experiment.
@@ -133,4 +136,6 @@ def with_routers(spec: ExperimentSpec, routers: RouterSpec | Sequence[RouterSpec
         training = training.replace(losses=training.losses.replace(policy=0.0))
     elif not training.losses.policy and any(router.needs_policy_gradient for router in each):
         training = training.replace(losses=training.losses.replace(policy=1.0))
-    return spec.replace(model=spec.model.replace(layers=tuple(layers)), training=training)
+    shared = spec.model.shared_router and all(router == each[0] for router in each)
+    model = spec.model.replace(layers=tuple(layers), shared_router=shared)
+    return spec.replace(model=model, training=training)

@@ -164,7 +164,11 @@ class Classification(Objective[ClassificationTask, TaskData]):
 
     def report(self, module: TrainingModule) -> ClassificationReport:
         measured = measure_activation(module.model, self.data.test, self.data)
-        return measured._replace(confusion=self.breakdown(module), budget=module.training_spec.budget)
+        training = module.training_spec
+        return measured._replace(
+            confusion=self.breakdown(module),
+            routing=measured.routing._replace(budget=training.budget, policy=training.losses.policy > 0),
+        )
 
     def results(self, report: ClassificationReport, measures: Mapping[str, float]) -> dict[str, Any]:
         per_class = {} if report.confusion is None else report.confusion.per_class

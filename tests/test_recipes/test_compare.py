@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from sma.__main__ import main as sma_main
+from sma.errors import SpecError
 from sma.recipes.compare import main
-from sma.recipes.reports.comparison import comparison_table, tasks_table
+from sma.recipes.reports.comparison import _means, comparison_table, tasks_table
 from sma.recipes.reports.table import comma_separated, markdown
 from sma.recipes.studies import comparison, folder, study
 from sma.recipes.studies.comparison import updates_in, with_updates
@@ -31,11 +32,29 @@ def test_with_updates_keeps_the_proportions_of_warm_up_evaluation_and_budget():
         training__updates=100,
         training__warmup=10,
         training__evaluate_every=20,
-        training__budget="{target: 0.3, hold: 20, anneal: 40}",
+        training__budget="{target: 0.3, hold: 20, anneal: 40, exploration: 0.1, period: 30, until: 90}",
     )
     training = with_updates(spec, 50).training
     assert (training.updates, training.warmup, training.evaluate_every) == (50, 5, 10)
     assert (training.budget.hold, training.budget.anneal) == (10, 20)
+    assert (training.budget.until, training.budget.period) == (45, 15)
+
+
+@pytest.mark.parametrize("preset", ["listops", "digits", "pathfinder", "mqar", "recall"])
+def test_tasks_are_named_once_with_or_without_spaces(preset):
+    assert list(comparison._parts(comparison.ComparisonOptions(task=f" {preset} "))) == [preset]
+    with pytest.raises(SpecError, match="names a task twice"):
+        comparison._parts(comparison.ComparisonOptions(task=f"{preset}, {preset}"))
+
+
+def test_varied_fields_of_the_same_name_have_their_own_folders():
+    vary = ["training.budget.target=0.1", "training.losses.target=0.1", "task.data.length=64"]
+    parts = comparison._parts(comparison.ComparisonOptions(vary=vary))
+    assert list(parts) == ["target=0.1", "training.losses.target=0.1", "length=64"]
+
+
+def test_figure_of_several_tasks_has_one_point_per_task():
+    assert _means([(0, 1.0), (0, 3.0), (1, 5.0)]) == [(0, 2.0), (1, 5.0)]
 
 
 @pytest.fixture(scope="module")

@@ -2,17 +2,19 @@
 
 import json
 import re
+from typing import get_args
 
 import pytest
 import torch
 from PIL import Image
 
 from sma.__main__ import main as sma_main
+from sma.errors import SpecError
 from sma.model import build
 from sma.recipes.experiment import load_experiment
 from sma.recipes.rates import main
 from sma.recipes.reports.rates import draw_rates
-from sma.recipes.studies.rates import CALIBRATED, rate_sweep
+from sma.recipes.studies.rates import CALIBRATED, Rates, RatesChosen, RatesOptions, rate_sweep
 from sma.recipes.tasks.batch import UNSCORED
 from sma.recipes.tasks.recall import collate
 from tests.test_recipes.test_recall import TINY as RECALL
@@ -42,6 +44,25 @@ def test_rate_sweep_measures_the_model_at_each_rate(over):
     rates = [point["activation_rate"] for point in points]
     assert rates == sorted(rates)
     assert rates == pytest.approx(list(CALIBRATED), abs=0.1)
+
+
+@pytest.mark.parametrize("task", get_args(RatesOptions.model_fields["task"].annotation))
+def test_the_preset_of_every_task_is_accepted(task):
+    options, study = RatesOptions(task=task), Rates()
+    spec = study.experiment(options)
+    study.check(spec, RatesChosen(study="rates", seeds=1, variants=["trained"], rates=[0.05, 0.5]))
+    assert spec.training.budget.settled < spec.training.updates
+    with pytest.raises(SpecError, match="floor"):
+        study.check(spec, RatesChosen(study="rates", seeds=1, variants=["trained"], rates=[0.005]))
+
+
+def test_rates_are_means_over_layers_with_different_sub_modules():
+    layer = RECALL["model"]["layers"][0]
+    other = {**layer, "modules": {"mlp": {"kind": "gated_mlp", "hidden_size": 8}}}
+    spec = load_experiment({**RECALL, "model": {**RECALL["model"], "layers": [layer, other]}})
+    data = spec.task.prepare(None, progress=False)
+    (point,) = rate_sweep(build(spec.model, seed=0).eval(), data, [0.5])
+    assert 0 < point["activation_rate"] <= point["highest_rate"] < 1
 
 
 @pytest.fixture

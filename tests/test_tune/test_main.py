@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from sma.__main__ import main as sma_main
-from sma.tune.__main__ import Options, _claimed, main
+from sma.tune.__main__ import Options, _claimed, _sweep, main
 from sma.tune.records import TrialRecord
 from sma.tune.storage import Storage
 from sma.tune.sweep_folder import load_sweep, start_sweep
@@ -214,3 +214,11 @@ def test_sweeps_started_in_the_same_second_get_different_folders(
         "sweep-listops-tiny-20260102-030405",
         "sweep-listops-tiny-20260102-030405-2",
     ]
+
+
+def test_one_option_of_stopping_keeps_the_other(tmp_path: Path) -> None:
+    path = write_sweep(tmp_path)
+    path.write_text(path.read_text() + "stopping: {grace: 9, reduction: 4}\n")
+    stopping = _sweep(Options(space=path, grace=5)).stopping
+    assert stopping is not None
+    assert (stopping.grace, stopping.reduction) == (5, 4)

@@ -17,6 +17,9 @@ def test_every_shipped_sweep_is_valid(name: str) -> None:
     sweep = make_sweep(name)
     assert sweep.samples == 16
     assert any(path.endswith(("window", "kernel_size")) for path in sweep.space)
+    # At least one evaluation before the last one may stop a trial.
+    every = sweep.experiment.training.evaluate_every
+    assert any(sweep.grace <= update for update in range(every, sweep.updates, every))
 
 
 def test_a_sweep_loaded_from_its_file_is_equal() -> None:

@@ -43,6 +43,11 @@ def storage(tmp_path: Path) -> Storage:
     return storage
 
 
+def test_the_idle_share_counts_the_slots_of_every_driver(storage: Storage) -> None:
+    storage.write_json("drivers.json", [{"concurrent": 1, "began": "1.0"}, {"concurrent": 4, "began": "100.0"}])
+    assert write_results(small_sweep(samples=8), storage)["idle_share"] == pytest.approx(1 - 72 / (20 + 4 * 20))
+
+
 def test_the_front_has_only_finished_trials() -> None:
     sweep = small_sweep()
     assert [record.number for record in pareto_front(TRIALS, sweep)] == [1, 2, 4]

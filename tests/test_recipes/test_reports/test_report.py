@@ -1,5 +1,7 @@
 """The report of a run: text and figure."""
 
+import shlex
+
 import matplotlib.image
 import pytest
 import torch
@@ -7,14 +9,17 @@ import torch
 import sma
 from sma.budget_spec import BudgetSpec
 from sma.model import build
+from sma.recipes.experiment import load_experiment
 from sma.recipes.reports.activation_maps import Example, Modality
 from sma.recipes.reports.classification import (
     ClassificationReport,
+    _caption,
     _right_and_wrong,
-    _router_path,
+    _router_paths,
     measure_activation,
     rates_over_training,
 )
+from sma.recipes.reports.hints import Routing, hints
 from tests.test_recipes.tiny import tiny, train
 
 SUMMARY = {
@@ -177,19 +182,40 @@ def test_examples_are_correct_ones_of_every_class_and_one_wrong_in_four():
 
 
 @pytest.mark.parametrize(
-    ("layers", "path"),
+    ("layers", "paths"),
     [
-        ({"repeat": 2, "layer": LAYER}, "layers.layer.router"),
-        ([BARE, LAYER, LAYER], "layers.1.router"),
-        ({"repeat": 1, "layer": [BARE, BARE, LAYER]}, "layers.layer.2.router"),
-        ([BARE], "layers.0.router"),
+        ({"repeat": 2, "layer": LAYER}, ["layers.layer.router"]),
+        ([BARE, LAYER, LAYER], ["layers.1.router", "layers.2.router"]),
+        ({"repeat": 1, "layer": [BARE, BARE, LAYER]}, ["layers.layer.2.router"]),
     ],
 )
-def test_suggestions_name_the_router_of_the_model(layers, path, tmp_path):
+def test_suggestions_name_the_routers_of_the_model(layers, paths, tmp_path):
     model = {"kind": "sequence_encoder", "width": 8, "encoder": {"kind": "real_number"}, "layers": layers}
-    assert _router_path(sma.load_spec(model, "model")) == path
-    printed = REPORT._replace(router=path).describe(SUMMARY, tmp_path)
-    assert f"next: --set {path}='{{kind: never}}' trains the same model without routed sub-modules" in printed
+    assert list(_router_paths(sma.load_spec(model, "model"))) == paths
+    printed = REPORT._replace(routing=Routing(tuple(paths))).describe(SUMMARY, tmp_path)
+    settings = " ".join(f"--set {path}='{{kind: never}}'" for path in paths)
+    assert f"next: {settings} trains the same model without routed sub-modules" in printed
+
+
+@pytest.mark.parametrize(
+    "preset", ["listops_tiny", "listops_binary", "pathfinder_tiny", "pathx_tiny", "mqar_tiny", "recall_tiny"]
+)
+def test_the_suggested_model_without_attention_is_a_valid_experiment(preset):
+    spec = load_experiment(preset)
+    routing = Routing(_router_paths(spec.model), False, spec.training.budget, spec.training.losses.policy > 0)
+    summary = {"test_accuracy": 1.0, "activation_rate": [0.5], "updates": 1}
+    (hint,) = hints(summary, 0.1, ["attention"], routing)
+    settings = [word for word in shlex.split(hint.partition(" trains ")[0]) if word != "--set"]
+    changed = load_experiment(preset, settings)
+    assert all(layer.router.kind == "never" for layer in changed.model.layer_specs if layer.modules)
+    assert changed.training.budget is None
+
+
+def test_examples_with_several_targets_count_right_answers(tmp_path):
+    example = Example(["a"], 4, 3, torch.zeros(1, 1, dtype=torch.bool))
+    report = REPORT._replace(modules=("attention",))
+    assert _caption(report, example) == "class 4, predicted 3; dark: attention active"
+    assert _caption(report._replace(per_position=True), example) == "3 of 4 answers correct; dark: attention active"
 
 
 def test_rates_of_images_are_by_grey_value(tmp_path):
@@ -215,18 +241,34 @@ TOTAL = BudgetSpec(target=0.5, over="total", hold=100, anneal=200)
 @pytest.mark.parametrize(
     ("report", "changes", "hints"),
     [
-        pytest.param({"fixed": True}, {"test_accuracy": 0.995}, [], id="nothing-to-improve"),
-        pytest.param({"fixed": True}, {"activation_rate": [1.0, 0.0]}, ["twice"], id="fixed-rates"),
+        pytest.param({"routing": Routing(fixed=True)}, {"test_accuracy": 0.995}, [], id="nothing-to-improve"),
+        pytest.param({"routing": Routing(fixed=True)}, {"activation_rate": [1.0, 0.0]}, ["twice"], id="fixed-rates"),
         pytest.param({}, {"activation_rate": []}, ["twice"], id="nothing-is-routed"),
         pytest.param(
-            {"fixed": True}, {"best_update": 280}, ["update 280 of 400: more updates may not"], id="best-early"
+            {"routing": Routing(fixed=True)},
+            {"best_update": 280},
+            ["update 280 of 400: more updates may not"],
+            id="best-early",
         ),
-        pytest.param({"fixed": True}, {"best_update": 281}, ["twice"], id="best-late"),
-        pytest.param({"fixed": True}, {"test_accuracy": 0.19}, ["majority class", "twice"], id="nothing-is-learned"),
-        pytest.param({}, {"activation_rate": [0.0, 0.95]}, ["dead", "nearly every", "never", "twice"], id="rates"),
-        pytest.param({"budget": TOTAL}, {"activation_rate": [0.0, 0.95]}, ["over=each", "never", "twice"], id="total"),
+        pytest.param({"routing": Routing(fixed=True)}, {"best_update": 281}, ["twice"], id="best-late"),
         pytest.param(
-            {"budget": BudgetSpec(target=0.5)}, {"activation_rate": [0.0, 0.5]}, ["never", "twice"], id="each"
+            {"routing": Routing(fixed=True)},
+            {"test_accuracy": 0.19},
+            ["majority class", "twice"],
+            id="nothing-is-learned",
+        ),
+        pytest.param({}, {"activation_rate": [0.0, 0.95]}, ["dead", "nearly every", "never", "twice"], id="rates"),
+        pytest.param(
+            {"routing": Routing(budget=TOTAL)},
+            {"activation_rate": [0.0, 0.95]},
+            ["over=each", "never", "twice"],
+            id="total",
+        ),
+        pytest.param(
+            {"routing": Routing(budget=BudgetSpec(target=0.5))},
+            {"activation_rate": [0.0, 0.5]},
+            ["never", "twice"],
+            id="each",
         ),
     ],
 )

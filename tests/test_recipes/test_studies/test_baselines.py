@@ -49,11 +49,11 @@ def test_baselines_have_the_expected_layers():
 
 
 @pytest.mark.parametrize("name", BASELINES)
-@pytest.mark.parametrize("width", [24, 40])
+@pytest.mark.parametrize("width", [24, 30, 40])
 def test_equal_parameters_come_from_the_nearest_width(name, width):
     spec = load_experiment("mqar_tiny", [f"model.width={width}"])
     asked = spec.model.num_parameters()
-    widths = [spec.replace(model=spec.model.replace(width=each)) for each in range(4, 400, 4)]
+    widths = [spec.replace(model=spec.model.replace(width=each)) for each in (width, *range(4, 400, 4))]
     sizes = [baseline(name, each).model.num_parameters() for each in widths]
     made = with_parameters(name, spec)
     assert abs(made.model.num_parameters() - asked) == min(abs(size - asked) for size in sizes)
@@ -72,6 +72,14 @@ def test_a_layer_without_attention_keeps_its_place():
     assert [layer.backbone.kind for layer in layers["s4d"]] == ["s4d"] * 2
     assert [layer.backbone.kind for layer in layers["local_attention"]] == ["local_attention", "gated_mlp"] * 2
     assert {layer.backbone.window for layer in layers["local_attention"][::2]} == {routed.modules["attention"].window}
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_shared_router_is_dropped_where_no_layer_is_routed(name):
+    spec = load_experiment("mqar_tiny", ["shared_router=true"])
+    made = baseline(name, spec).model
+    assert made.shared_router == any(layer.modules for layer in made.layer_specs)
+    assert sum(parameter.numel() for parameter in made.build().parameters()) == made.num_parameters()
 
 
 def test_mega_chunk_applies_the_always_active_unit_to_fixed_chunks():
