@@ -155,7 +155,7 @@ class SparseModularActivation(nn.Module):
         check_number(dropout, "dropout")
         if not 0 <= dropout < 1:
             raise InputError(f"dropout={dropout} must be at least 0 and below 1: the probability of dropping a channel")
-        self.dropout = dropout
+        self.dropout = float(dropout)
 
     @property
     def causal(self) -> bool:

@@ -1,6 +1,6 @@
 """Budgets: hold the activation rates of learned routers at a target while they are trained."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Self
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sma.activation import SparseModularActivation
 from sma.budget_spec import BudgetSpec as BudgetSpec
 from sma.budget_spec import steered_by
-from sma.checks import check_decisions, check_instance, check_module, check_names
+from sma.checks import check_count, check_decisions, check_instance, check_module, check_names
 from sma.decision import Decision
 from sma.errors import InputError, quote
 from sma.model import ModelSpec
@@ -76,6 +76,15 @@ class BudgetController(nn.Module):
         ):
             self.register_buffer(name, torch.tensor(values, dtype=torch.float64), persistent=False)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move to another device, and keep the numbers wide: in float16 a number of tokens overflows."""
+        wide = {name: getattr(self, name) for name in ("usual_tokens", "targets", "costs", "edges")}
+        super()._apply(fn, recurse)
+        for name, before in wide.items():
+            if getattr(self, name).dtype is not before.dtype:
+                setattr(self, name, before.to(getattr(self, name).device))
+        return self
+
     @classmethod
     def of(cls, model: nn.Module, spec: BudgetSpec, length: int = 1024) -> Self:
         """Make the controller of a model; a total budget is weighted by the MACs of the sub-modules on rows of
@@ -87,6 +96,7 @@ class BudgetController(nn.Module):
         """
         check_module(model, "BudgetController.of")
         check_instance(spec, BudgetSpec, "BudgetController.of got", "write BudgetSpec(target=0.3)")
+        check_count(length, "length", 1, ": tokens of a row")
         costs = None
         if spec.over == "total":
             inner = unwrapped(model)[1]

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from sma.checks import check_known
+from sma.checks import check_known, check_number
 from sma.errors import InputError, quote
 from sma.routers import Router, SteerableRouter
 from sma.routers.steerable import steerable
@@ -167,6 +167,9 @@ def _check_costs(costs: Sequence[Sequence[float]], routers: Sequence[Router]) ->
     given = [len(layer) for layer in costs]
     if given != wanted:
         raise InputError(f"there are costs for {given} sub-modules, by layer; expected one for each of {wanted}")
+    for layer in costs:
+        for cost in layer:
+            check_number(cost, "the cost of a sub-module")
     bad = [cost for layer in costs for cost in layer if not 0 <= cost < math.inf]  # in this form it is true for NaN too
     if bad:
         raise InputError(

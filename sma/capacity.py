@@ -135,7 +135,7 @@ def _slots(value: int | float, tokens: int) -> int:
 def _most_per_row(value: int | float, active_BL: Tensor, valid_BL: Tensor | None) -> int | Tensor:
     """Tokens of a row that fit; a share counts valid tokens, not padding."""
     if not isinstance(value, float):
-        return value
+        return min(value, active_BL.shape[1])
     if valid_BL is None:
         return _slots(value, active_BL.shape[1])
     return _part(valid_BL.sum(1, keepdim=True), value).clamp(min=1)

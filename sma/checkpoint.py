@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
+from sma.checks import what_came
 from sma.devices import usable_device
 from sma.errors import CheckpointError, SmaError, parsing, quote, reason
 from sma.files import check_path, write_atomically
@@ -243,6 +244,9 @@ def save_state(state: State, path: str | Path) -> None:
         CheckpointError: the file cannot be written, or the state is None, as in an output without a state.
     """
     path = check_path(path, "sma.save_state")
+    if state is not None and not isinstance(state, State):
+        cure = "give its state" if hasattr(state, "state") else "give model.init_state(…) or the state of an output"
+        raise CheckpointError(f"sma.save_state got {what_came(state)}; expected a State: {cure}")
     parts = {name: whole_tensor(name, tensor) for name, tensor in named_tensors(state).items()}
     if not parts:
         raise CheckpointError(
@@ -268,7 +272,10 @@ def load_state(path: str | Path, like: StateKind) -> StateKind:
     Raises:
         CheckpointError: the file does not exist, is damaged, or holds the state of another model.
     """
-    path, wanted = check_path(path, "sma.load_state"), named_tensors(like)
+    path = check_path(path, "sma.load_state")
+    if like is not None and not isinstance(like, State):
+        raise CheckpointError(f"sma.load_state got {what_came(like)} as `like`; expected a State: model.init_state(1)")
+    wanted = named_tensors(like)
     if not wanted:
         raise CheckpointError(
             f"the template state is {quote(like)}; give one of the same model, such as model.init_state(1)"

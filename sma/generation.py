@@ -147,9 +147,12 @@ def draw(
     top_p: float | None = None,
 ) -> Int[Tensor, "R"]:
     """Draw one token per row from softmax(logits / temperature), restricted by `top_k` and `top_p`; see `generate`."""
+    if bool(logits.isnan().any()):
+        raise InputError("the scores of the next token contain NaN; look for NaN in the weights of the model")
     if temperature == 0:
         return logits.argmax(-1)
-    scores = logits.double() / temperature
+    # At most 0, so a tiny temperature gives -inf and never NaN.
+    scores = (logits.double() - logits.double().amax(-1, keepdim=True)) / float(temperature)
     if top_k is not None and top_k < scores.shape[-1]:
         kept = scores.topk(top_k, dim=-1).indices
         scores = torch.full_like(scores, -torch.inf).scatter(-1, kept, scores.gather(-1, kept))

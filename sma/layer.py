@@ -1,6 +1,6 @@
 """A routed layer: norm, backbone, routed sub-modules, bypass, residual."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, Self
 
@@ -20,12 +20,13 @@ from sma.checks import (
     check_dtype,
     check_frame,
     check_instance,
+    check_rate,
     check_sizes,
     check_state,
     require_seen,
 )
 from sma.decision import Decision
-from sma.errors import quote
+from sma.errors import InputError, quote
 from sma.fused import fuses
 from sma.glue import SiluDropout
 from sma.memory import zeros
@@ -103,7 +104,12 @@ class LayerSpec(Spec):
 
     def macs(self, width: int, tokens: int, rates: "float | dict[str, float]" = 1.0) -> MACs:
         """Predict the MACs of one row of `tokens` tokens, each sub-module on its share (rate) of them."""
-        by_name = rates if isinstance(rates, dict) else dict.fromkeys(self.modules, rates)
+        check_count(tokens, "tokens")
+        by_name = dict(rates) if isinstance(rates, Mapping) else dict.fromkeys(self.modules, rates)
+        for name in self.modules:
+            if name not in by_name:
+                raise InputError(f"there is no rate for {name!r}; give one for each of {', '.join(self.modules)}")
+            check_rate(by_name[name], f"the rate of {name!r}")
         bypass = width * width if self.bypass == "linear" else 0
         count = len(self.modules)
         router = self.router.macs_per_token(width, count) if count else 0

@@ -15,7 +15,7 @@ from torch import Tensor
 from sma.checks import check_decisions, check_known, check_rate, check_tensor
 from sma.decision import Decision
 from sma.devices import running_sum
-from sma.errors import InputError
+from sma.errors import InputError, quote
 
 
 def budget_loss(
@@ -124,11 +124,13 @@ def policy_gradient_loss(
             other.
 
     Raises:
-        InputError: the losses or the mask do not fit.
+        InputError: the losses or the mask do not fit, or `budget_over` is unknown.
 
     Reference:
         Williams, "Simple Statistical Gradient-Following Algorithms for Connectionist Reinforcement Learning", 1992.
     """
+    if budget_over not in (None, "each", "total"):
+        raise InputError(f"budget_over={quote(budget_over)}; expected 'each', 'total', or None without a budget")
     check_decisions(decisions, "policy_gradient_loss", valid)
     check_tensor(losses, "the losses are", torch.float32)
     if not decisions:
@@ -166,7 +168,7 @@ def _advantage(losses: Tensor, valid: Bool[Tensor, "B L"]) -> Float[Tensor, "B L
     count = valid.sum(0).clamp(min=1)
     gap = (ahead.sum(0) / count - ahead).where(valid, 0)
     spread = (gap.square().sum(0) / count).sqrt()
-    return torch.where(spread > 0, gap / spread.where(spread > 0, 1), 0)
+    return torch.where(spread == 0, 0, gap / spread.where(spread != 0, 1))  # NaN stays NaN
 
 
 def _mean(values_BLM: Tensor, valid: Tensor | None) -> Float[Tensor, "M"]:

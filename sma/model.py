@@ -125,6 +125,7 @@ class ModelSpec(Spec):
 
     def macs(self, length: int, rates: float | dict[str, float] = 1.0) -> MACs:
         """Predict the MACs of the layers on one row of `length` tokens, at these activation rates."""
+        check_count(length, "length")
         return MACs.sum(layer.macs(self.width, length, rates) for layer in self.layer_specs)
 
 

@@ -13,6 +13,7 @@ from sma.devices import Answer, on_host
 from sma.errors import InputError
 from sma.kernels.placing import Found, Search, lay_out, placed
 from sma.pytree import register_output
+from sma.ragged_checks import check_extracted, check_rectangular
 from sma.segments import expand_to
 from sma.segments import segment_reduce as segment_reduce
 from sma.summary import brief, summary
@@ -106,8 +107,8 @@ class Ragged:
     def to_padded(self, longest: int | None = None) -> tuple[Float[Tensor, "B S *D"], Bool[Tensor, "B S"]]:
         """Return the tokens padded with zeros on the right, `(B, S, D)`, and the mask of the real tokens.
 
-        S is the longest row, or for packed tokens `longest` where given. A rectangular layout without holes is not
-        copied.
+        S is the longest row, or for packed tokens `longest` where given; a smaller number would drop tokens, and is not
+        checked. A rectangular layout without holes is not copied.
         """
         rows, longest = self.num_rows, self.longest if longest is None or self.stride is not None else longest
         mask = torch.arange(longest, device=self.lengths.device) < self.lengths[:, None]
@@ -173,6 +174,7 @@ def rectangular(
         lengths: real tokens of each row; None where all are.
         positions_BL: position of each token in its row's stream; default `0 … L - 1`.
     """
+    check_rectangular(x_BLD, lengths, positions_BL)
     rows, length = x_BLD.shape[:2]
     device = x_BLD.device
     index = torch.arange(rows * length, device=device)
@@ -360,29 +362,19 @@ def extract(
         tokens: the result of `compress`.
         like_BLD: the batch that was compressed; gives B, L and the dtype of the result.
     """
-    _check_extracted(values, tokens, like_BLD, "like_BLD")
+    check_ragged(tokens, "extract")
+    check_extracted(values, tokens, like_BLD, "like_BLD")
     if not tokens.holes and tokens.stride == like_BLD.shape[1]:
         return values.unflatten(0, like_BLD.shape[:2]).to(like_BLD.dtype)
     return extract_add(values, tokens, like_BLD.new_zeros((*like_BLD.shape[:2], *values.shape[1:])))
-
-
-def _check_extracted(values: Tensor, tokens: Ragged, batch: Tensor, name: str) -> None:
-    check_ragged(tokens, "extract")
-    check_tensor(values, "the values are")
-    check_tensor(batch, f"{name} is")
-    if torch.compiler.is_compiling():  # sizes may be unknown
-        return
-    if values.shape[:1] != tokens.index.shape:
-        raise InputError(f"extract got values of shape {tuple(values.shape)} for {tokens.index.shape[0]:,} tokens")
-    if batch.ndim < 2 or batch.shape[0] != tokens.num_rows:
-        raise InputError(f"{name} has shape {tuple(batch.shape)}; expected (B, L, …) with B={tokens.num_rows}")
 
 
 def extract_add(
     values: Float[Tensor, "T *D"], tokens: Ragged, into_BLD: Float[Tensor, "B L *D"]
 ) -> Float[Tensor, "B L *D"]:
     """Return `into_BLD` with the values added at the positions of their tokens; other positions are unchanged."""
-    _check_extracted(values, tokens, into_BLD, "into_BLD")
+    check_ragged(tokens, "extract_add")
+    check_extracted(values, tokens, into_BLD, "into_BLD")
     flat = into_BLD.flatten(0, 1).clone(memory_format=torch.contiguous_format)
     return extract_add_(values, tokens, flat).unflatten(0, into_BLD.shape[:2])
 

@@ -122,6 +122,12 @@ def load_decisions(path: str | Path, names: Sequence[Sequence[str]]) -> tuple[Te
         InputError: the decisions are about other sub-modules.
     """
     path = check_path(path, "sma.load_decisions")
+    lists = not isinstance(names, str) and isinstance(names, Sequence)
+    if not lists or any(isinstance(each, str) or not isinstance(each, Sequence) for each in names):
+        raise InputError(
+            f"sma.load_decisions got names={quote(names)}; expected a list of names for each routed layer: "
+            "[layer.routed_names for layer in model.routed_layers]"
+        )
     with open_tensors(path) as file:
         if file.metadata.get("format") != _FORMAT:
             raise CheckpointError(f"{quote(str(path))} holds no decisions; give a file that sma.save_decisions wrote")

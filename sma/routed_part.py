@@ -1,6 +1,7 @@
 """A routed module inside a model that is not ours, and the explicit collection of its decisions."""
 
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -91,7 +92,8 @@ def collect_decisions(model: nn.Module, valid: Tensor | None = None) -> Iterator
     """Collect the decisions of the routed parts of a model, in the order of their calls.
 
     Nothing is stored on modules. Contexts nest, each with its own decisions; a forward pass that activation
-    checkpointing repeats in backward is collected once, and two forward passes twice. A repeated pass gets the mask of
+    checkpointing (with `use_reentrant=False`) repeats in backward is collected once, and two forward passes twice. Only
+    calls of the thread that opened the context are collected. A repeated pass gets the mask of
     the last pass, also when its context is closed: call backward before the next forward pass.
 
     Args:
@@ -140,6 +142,12 @@ def _valid_for(part: RoutedPart, x_BLD: Tensor) -> Tensor | None:
 def _record(part: RoutedPart, decision: Decision) -> None:
     if _is_repeated():
         return
+    if part.training and not torch.is_grad_enabled() and any(p.requires_grad for p in part.routed.router.parameters()):
+        warnings.warn(
+            "decisions are collected without gradients, so losses of them train no router; checkpoint with "
+            "use_reentrant=False, or leave torch.no_grad()",
+            stacklevel=2,
+        )
     for collector in _collectors.get():
         if id(part) in collector.parts:
             collector.decisions.append(decision)

@@ -252,8 +252,8 @@ def kinds(family: str) -> dict[str, type[Spec]]:
         SpecError: the family is unknown.
     """
     _load_plugins()
-    if family not in _registry:
-        raise SpecError(f"unknown family {quote(family)}{did_you_mean(family, sorted(_registry), 'families')}")
+    if not isinstance(family, str) or family not in _registry:
+        raise SpecError(f"unknown family {quote(family)}{did_you_mean(str(family), sorted(_registry), 'families')}")
     return dict(sorted(_registry[family].items()))
 
 
@@ -270,8 +270,8 @@ def find_kind(family: str, kind: str) -> type[Spec]:
         SpecError: the kind is unknown; the message lists similar and known kinds.
     """
     known = kinds(family)
-    if kind not in known:
-        raise SpecError(f"unknown {family} kind {quote(kind)}{did_you_mean(kind, known, 'known kinds')}")
+    if not isinstance(kind, str) or kind not in known:
+        raise SpecError(f"unknown {family} kind {quote(kind)}{did_you_mean(str(kind), known, 'known kinds')}")
     return known[kind]
 
 
@@ -348,6 +348,8 @@ def _root(family: str) -> type[Spec]:
 
 def dump_spec(spec: Spec) -> dict[str, Any]:
     """Return a spec as plain data with all defaults; `load_spec` restores the spec."""
+    if not isinstance(spec, Spec):
+        raise SpecError(f"dump_spec takes a spec, not {quote(spec)}; write load_spec(…), or model.spec")
     return spec.model_dump(mode="json")
 
 
@@ -368,8 +370,8 @@ def json_schema(family: str = "model") -> dict[str, Any]:
             definitions.update(schema.pop("$defs", {}))
             definitions[f"{name}:{kind}"] = schema
         definitions[name] = {"oneOf": [{"$ref": f"#/$defs/{name}:{kind}"} for kind in kinds(name)]}
-    if family not in definitions:
-        raise SpecError(f"unknown family {quote(family)}{did_you_mean(family, families(), 'families')}")
+    if not isinstance(family, str) or family not in definitions:
+        raise SpecError(f"unknown family {quote(family)}{did_you_mean(str(family), families(), 'families')}")
     document = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "$ref": f"#/$defs/{family}",

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sma.checks import check_count, check_decisions, check_integers, check_known, check_rate
+from sma.checks import check_count, check_decisions, check_integers, check_known, check_rate, what_came
 from sma.decision import Decision
 from sma.errors import InputError, quote
 from sma.model import ModelSpec
@@ -69,6 +69,8 @@ class RateCount:
         return f"RateCount(rates=({listed(rates)}), valid={int(self.valid)})"
 
     def __add__(self, other: Self) -> "RateCount":
+        if not isinstance(other, RateCount):
+            return NotImplemented
         if self.layers != other.layers:
             raise InputError(
                 f"counts of different models cannot be added: layers with {list(self.layers)} and {list(other.layers)}"
@@ -226,7 +228,11 @@ def count_macs(spec: ModelSpec, length: int, rates: float | Sequence[float | Map
         InputError: the number of layers or their sub-modules do not fit, a rate is not in [0, 1], or the length is less
             than 1.
     """
+    if not hasattr(spec, "layer_specs"):
+        raise InputError(f"count_macs got {what_came(spec)}; expected the spec of a model: load_spec(…), or model.spec")
     check_count(length, "length", 1, " token")
+    if not isinstance(rates, int | float | Sequence) or isinstance(rates, str):
+        raise InputError(f"the rates are {what_came(rates)}; expected a number, or a list with one entry per layer")
     routing = [layer for layer in spec.layer_specs if layer.modules]
     given = [rates] * len(routing) if isinstance(rates, int | float) else list(rates)
     if len(given) != len(routing):

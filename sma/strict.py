@@ -24,7 +24,10 @@ def strict(schema: Any) -> Any:
         return core_schema.no_info_before_validator_function(check, cast(CoreSchema, schema))
     parts = {key: strict(schema[key]) for key in _PARTS if key in schema}
     named = {key: _each(schema[key]) for key in _NAMED if key in schema}
-    return {**schema, **parts, **named}
+    strictly = {**schema, **parts, **named}
+    if schema["type"] == "tuple":
+        return core_schema.no_info_before_validator_function(_ordered, cast(CoreSchema, strictly))
+    return strictly
 
 
 def _each(parts: Any) -> Any:
@@ -50,9 +53,16 @@ def _is_switch(value: Any) -> bool:
     return isinstance(value, bool) or type(value).__name__ in ("bool", "bool_")  # also those of numpy
 
 
+def _ordered(value: Any) -> Any:
+    """Refuse sets in place of lists: they have no order, and drop repeated values."""
+    if isinstance(value, set | frozenset):
+        raise PydanticKnownError("tuple_type")
+    return value
+
+
 _CHECKS: dict[str, Callable[[Any], Any]] = {
     "float": partial(_number, problem="float_type", bounded=int),
     "int": partial(_number, problem="int_type", bounded=int | float),
     "bool": _switch,
 }
-_CHECKED = [{"type": "no-info", "function": check} for check in _CHECKS.values()]
+_CHECKED = [{"type": "no-info", "function": check} for check in (*_CHECKS.values(), _ordered)]

@@ -209,6 +209,8 @@ class RowWise(_Wrapped):
         super().__init__(module)
         if mask_true_is not in ("padding", "valid"):
             raise InputError(f"mask_true_is={quote(mask_true_is)}; expected 'padding' or 'valid'")
+        if not isinstance(causal, bool):
+            raise InputError(f"causal={quote(causal)}; expected True or False")
         self._check_axes()
         if mask_argument is not None:
             self._check_argument(mask_argument)

@@ -7,6 +7,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from sma.checks import check_count
 from sma.decision import Decision
 from sma.routers.contract import keep_valid
 from sma.routers.draws import DrawingRouter, draw_for_tokens
@@ -44,6 +45,8 @@ class SampledRouter(DrawingRouter, ScoredRouter):
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
 
     def set_step(self, updates: int) -> None:
+        if not isinstance(updates, Tensor):
+            check_count(updates, "updates")
         self.updates.fill_(updates)
 
     def _decide(

@@ -164,7 +164,7 @@ def test_many_listed_layers_are_counted_like_the_built_model(tmp_path, capsys):
             ["--set", "width=&a [*a]"],
             "error: the value of the setting width is not valid YAML: the alias '*a' is inside its own value (line 1)",
         ),
-        (["--set", "x" * 100_000], "error: --set 'xxx"),
+        (["--set", "x" * 100_000], "error: the setting 'xxx"),
         (["--length", "9" * 5000], "error: --length: invalid int value: '999"),
         (["y" * 100_000], "error: sma describe takes no further argument 'yyy"),
         ([f"--{'z' * 100_000}"], "error: --zzz"),

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import sma
-from sma.budget import BudgetSpec, routers_of
+from sma.budget import BudgetController, BudgetSpec, routers_of
+from sma.generation import draw
+from sma.losses import policy_gradient_loss
 from sma.model import ModelSpec
 
 pytestmark = pytest.mark.usefixtures("as_users_run")
@@ -108,3 +110,95 @@ def test_overrides_are_a_mapping_or_a_list_of_settings():
     expected = sma.load_spec(SPEC, overrides=settings)
     assert (expected.width, expected.layer_specs[0].modules["mlp"].hidden_size) == (16, 12)
     assert sma.load_spec(SPEC, overrides=[f"{path}={value}" for path, value in settings.items()]) == expected
+
+
+def test_budget_over_is_checked():
+    losses = torch.zeros(2)
+    with pytest.raises(sma.SmaError, match="budget_over='Total'; expected 'each', 'total', or None"):
+        policy_gradient_loss(_model()(torch.ones(2, 5, dtype=torch.int64)).decisions, losses, budget_over="Total")
+
+
+def test_losses_that_are_nan_stay_nan():
+    decisions = _model()(torch.ones(2, 5, dtype=torch.int64)).decisions
+    assert policy_gradient_loss(decisions, torch.full((2,), torch.nan)).isnan()
+
+
+def test_a_set_is_not_a_list_of_targets():
+    with pytest.raises(sma.SmaError, match="target"):
+        BudgetSpec(target={0.9, 0.1, 0.5})
+    assert BudgetSpec(target=[0.9, 0.1, 0.5]).target == (0.9, 0.1, 0.5)
+
+
+def test_values_are_put_back_only_into_a_batch_of_the_compressed_shape():
+    active = torch.zeros(2, 10, dtype=torch.bool)
+    active[0, 3] = active[1, 4] = True
+    tokens = sma.compress(torch.arange(20.0).reshape(2, 10, 1), active)
+    for length in (2, 20):
+        with pytest.raises(sma.SmaError, match=f"like_BLD has {length} positions per row"):
+            sma.extract(tokens.values, tokens, torch.zeros(2, length, 1))
+    with pytest.raises(sma.SmaError, match="would round the values"):
+        sma.extract(tokens.values, tokens, torch.zeros(2, 10, 1, dtype=torch.int64))
+
+
+def test_a_controller_in_half_precision_steers_as_before():
+    biases = []
+    for half in (False, True):
+        model = _model()
+        controller = BudgetController.of(model, BudgetSpec(target=0.25))
+        holder = torch.nn.ModuleDict({"controller": controller})
+        if half:
+            holder.half()
+        ids = torch.randint(1, 16, (80, 960), generator=torch.Generator().manual_seed(0))  # 76,800 tokens
+        for _ in range(3):
+            controller.update(model(ids).decisions)
+        biases.append(routers_of(model)[0].score_bias.clone())
+    assert torch.equal(*biases)
+
+
+def test_only_states_are_saved(tmp_path):
+    output = _model()(torch.ones(2, 5, dtype=torch.int64))
+    for wrong in (output, torch.ones(2), {"a": torch.ones(2)}, output.decisions):
+        with pytest.raises(sma.SmaError, match="expected a State"):
+            sma.save_state(wrong, tmp_path / "state")
+        with pytest.raises(sma.SmaError, match="expected a State"):
+            sma.load_state(tmp_path / "state", wrong)
+    assert not (tmp_path / "state").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ((10, 50), "the rate of 'mlp' is 50"),
+        ((10, -1.0), "the rate of 'mlp' is -1.0"),
+        ((-5,), "length=-5 must be at least 0"),
+        ((10, {"attention": 0.5}), "there is no rate for 'mlp'"),
+        ((10, [0.5, 0.5]), "the rate of 'mlp' is a list"),
+    ],
+)
+def test_rates_of_predicted_macs_are_checked(arguments, complaint):
+    with pytest.raises(sma.SmaError, match=complaint):
+        _model().spec.macs(*arguments)
+
+
+@pytest.mark.parametrize("temperature", [1e-320, 1e-30])
+def test_a_tiny_temperature_draws_the_best_token(temperature):
+    logits = torch.tensor([[0.0, 3.0, 2.9], [5.0, -1.0, 4.0]])
+    assert draw(logits, temperature=temperature).tolist() == [1, 0]
+    with pytest.raises(sma.SmaError, match="contain NaN"):
+        draw(logits * torch.nan, temperature=temperature)
+
+
+def test_names_of_replayed_decisions_are_lists_by_layer(tmp_path):
+    for names in ("mlp", ["attention", "mlp"], _model().routed_layers, None):
+        with pytest.raises(sma.SmaError, match=r"expected a list of names for each routed layer"):
+            sma.load_decisions(tmp_path / "decisions", names)
+
+
+def test_decisions_without_gradients_are_warned_of(recwarn):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    sma.retrofit(model, {"0": "sma"})
+    with torch.no_grad(), sma.collect_decisions(model), pytest.warns(UserWarning, match="without gradients"):
+        model(torch.ones(1, 3, 4))
+    with torch.no_grad(), sma.collect_decisions(model.eval()) as decisions:
+        model(torch.ones(1, 3, 4))
+    assert len(decisions) == 1

@@ -340,7 +340,7 @@ def _file(path: Path, change: Any = lambda text: text) -> Path:
 )
 def test_a_damaged_file_is_refused(tmp_path, change, said):
     with pytest.raises(CheckpointError, match=said):
-        sma.load_decisions(_file(tmp_path / "d", change), ["ab"])
+        sma.load_decisions(_file(tmp_path / "d", change), [["a", "b"]])
 
 
 @pytest.mark.usefixtures("as_users_run")
