@@ -126,7 +126,8 @@ class TokenEmbedding(Encoder):
                 if low < 0 and inputs.dtype is torch.uint64:
                     wrong = low + 2**64
                 raise InputError(
-                    f"token id {wrong} is out of range; the vocabulary has ids 0 … {self.spec.vocabulary - 1}"
+                    f"token id {wrong} is out of range; the vocabulary has ids 0 … {self.spec.vocabulary - 1}, "
+                    "also required at padding"
                 )
 
     def random_inputs(self, rows: int, length: int) -> Integer[Tensor, "B L"]:

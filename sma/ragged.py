@@ -12,6 +12,7 @@ from sma.checks import check_booleans, check_count, check_instance, check_intege
 from sma.devices import Answer, on_host
 from sma.errors import InputError
 from sma.kernels.placing import Found, Search, lay_out, placed
+from sma.memory import check_memory
 from sma.pytree import register_output
 from sma.ragged_checks import check_extracted, check_rectangular
 from sma.segments import expand_to
@@ -213,6 +214,8 @@ def compress(
         InputError: the mask is not boolean or has another shape than the batch, or positions or capacity do not fit.
     """
     check_tensor(x_BLD, "the batch is", torch.float32)
+    if x_BLD.ndim < 2:
+        raise InputError(f"the batch has shape {tuple(x_BLD.shape)}; expected (B, L, …)")
     axes = dict(zip("BL", x_BLD.shape, strict=False))
     check_booleans(active_BL, "the mask is", axes)
     if positions_BL is not None:
@@ -222,6 +225,8 @@ def compress(
         (frame,) = find(active_BL[..., None], positions_BL)()
         return frame.with_values(flat if frame.stride is not None else flat.index_select(0, frame.index))
     check_count(capacity, "capacity", 1, " token per row")
+    if not torch.compiler.is_compiling():
+        check_memory(8 * x_BLD.shape[0] * capacity, f"capacity={capacity}", device=x_BLD.device, error=InputError)
     frame = locate_static(active_BL, capacity, positions_BL)
     return frame.with_values(fill_holes(flat.index_select(0, frame.index), frame))
 

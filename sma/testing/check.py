@@ -4,11 +4,14 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import hypothesis
+from torch import nn
 
-from sma.errors import InputError, SmaError, did_you_mean
+from sma.checks import check_count, check_instance, what_came
+from sma.errors import InputError, SmaError, did_you_mean, quote
 from sma.init import seeded
 from sma.model import ModelSpec
 from sma.routers import Router, RouterSpec
+from sma.spec import Spec
 from sma.submodule import SubModule, SubModuleSpec
 from sma.testing.examples import Example, examples
 from sma.testing.model_laws import MODEL_LAWS, ModelCase
@@ -42,6 +45,8 @@ def check_submodule(spec: SubModuleSpec | Callable[[int], SubModule], *, width: 
     Raises:
         ConformanceError: laws are broken; the message lists all of them.
     """
+    _check_subject(spec, SubModuleSpec, "check_submodule", "lambda width: …")
+    check_count(width, "width", 1)
     subject = f"the sub-module {spec.kind!r}" if isinstance(spec, SubModuleSpec) else f"the sub-module {spec!r}"
     _check(subject, SUBMODULE_LAWS, SubModuleCase(spec, width), effort)
 
@@ -70,6 +75,10 @@ def check_router(
         ConformanceError: laws are broken; the message lists all of them.
         InputError: an exempt name is not that of a law.
     """
+    _check_subject(spec, RouterSpec, "check_router", "lambda width, names: …")
+    check_count(width, "width", 1)
+    check_count(modules, "modules", 1)
+    exempt = (exempt,) if isinstance(exempt, str) else exempt
     known = [law.__name__ for law in ROUTER_LAWS]
     unknown = [name for name in exempt if name not in known]
     if unknown:
@@ -89,10 +98,22 @@ def check_model(spec: ModelSpec, *, effort: int = 10) -> None:
     Raises:
         ConformanceError: laws are broken; the message lists all of them.
     """
+    check_instance(spec, ModelSpec, "check_model got", "write load_spec(…), or model.spec")
     _check(f"the model {spec.kind!r}", MODEL_LAWS, ModelCase(spec), effort, spec.rows_per_sample)
 
 
+def _check_subject(spec: object, family: type[Spec], whose: str, example: str) -> None:
+    """Check that the subject of a check is a spec, or a function that makes the part."""
+    is_class = isinstance(spec, type) and issubclass(spec, Spec)
+    if isinstance(spec, nn.Module) or is_class or not (isinstance(spec, family) or callable(spec)):
+        raise InputError(
+            f"{whose} got {quote(spec) if is_class else what_came(spec)}; expected a {family.__name__}, or a function "
+            f"that makes a new part: {example}"
+        )
+
+
 def _check(subject: str, laws: Sequence[Law], case: Any, effort: int, rows_per_sample: int = 1) -> None:
+    check_count(effort, "effort", 1, ": examples per law")
     broken = {law.__name__: why for law in laws if (why := _complaint(law, case, effort, rows_per_sample)) is not None}
     if broken:
         raise ConformanceError(subject, len(laws), broken)

@@ -11,6 +11,9 @@ from sma.budget import BudgetController, BudgetSpec, routers_of
 from sma.generation import draw
 from sma.losses import policy_gradient_loss
 from sma.model import ModelSpec
+from sma.modules.identity import IdentitySpec
+from sma.routers import SMARouterSpec
+from sma.testing import check_model, check_router, check_submodule
 
 pytestmark = pytest.mark.usefixtures("as_users_run")
 
@@ -202,3 +205,28 @@ def test_decisions_without_gradients_are_warned_of(recwarn):
     with torch.no_grad(), sma.collect_decisions(model.eval()) as decisions:
         model(torch.ones(1, 3, 4))
     assert len(decisions) == 1
+
+
+def test_the_batch_of_compress_has_rows_and_fits_into_memory():
+    with pytest.raises(sma.SmaError, match=r"the batch has shape \(4,\); expected \(B, L, …\)"):
+        sma.compress(torch.rand(4), torch.ones(4, dtype=torch.bool))
+    with pytest.raises(sma.SmaError, match="capacity=1000000000000000 needs"):
+        sma.compress(torch.ones(2, 3, 4), torch.ones(2, 3, dtype=torch.bool), capacity=10**15)
+
+
+@pytest.mark.parametrize(
+    ("check", "arguments", "complaint"),
+    [
+        (check_submodule, {"spec": sma.TokenWise(torch.nn.Linear(4, 4))}, "expected a SubModuleSpec, or a function"),
+        (check_submodule, {"spec": IdentitySpec}, "expected a SubModuleSpec, or a function"),
+        (check_submodule, {"spec": "identity"}, "check_submodule got a str"),
+        (check_submodule, {"spec": IdentitySpec(), "width": -1}, "width=-1 must be at least 1"),
+        (check_submodule, {"spec": IdentitySpec(), "effort": 0}, "effort=0 must be at least 1"),
+        (check_router, {"spec": "sma"}, "check_router got a str"),
+        (check_router, {"spec": SMARouterSpec(), "exempt": "no_law"}, "there is no law 'no_law'"),
+        (check_model, {"spec": SPEC}, "expected a ModelSpec: write load_spec"),
+    ],
+)
+def test_the_conformance_kit_refuses_what_it_cannot_check(check, arguments, complaint):
+    with pytest.raises(sma.SmaError, match=complaint):
+        check(**arguments)
