@@ -201,11 +201,18 @@ def _empty(kind: Kind, config: Mapping[str, Any]) -> RoutedLayer | SequenceModel
 
 
 def _standalone_layer(config: Mapping[str, Any]) -> RoutedLayer:
-    return _layer(config, config.get("window_size", 256)).build(config["embed_dim"])
+    return _layer(config, config.get("window_size", 256)).build(_width(config))
 
 
 def _unit(config: Mapping[str, Any]) -> RoutedLayer:
-    return _layer(config, config["chunk_size"]).build(config["embed_dim"])
+    return _layer(config, config["chunk_size"]).build(_width(config))
+
+
+def _width(config: Mapping[str, Any]) -> int:
+    width = config["embed_dim"]
+    if not isinstance(width, int) or width < 1:
+        raise ValueError(f"embed_dim={quote(width)} must be an integer of at least 1")
+    return width
 
 
 def _layer(config: Mapping[str, Any], window: int) -> LayerSpec:

@@ -196,7 +196,10 @@ def test_ids_of_every_integer_dtype_are_looked_up(dtype):
     ],
 )
 def test_ids_out_of_range_are_quoted_unchanged(ids, wrong):
-    with pytest.raises(InputError, match=exactly(f"token id {wrong} is out of range; the vocabulary has ids 0 … 8, also required at padding")):
+    with pytest.raises(
+        InputError,
+        match=exactly(f"token id {wrong} is out of range; the vocabulary has ids 0 … 8, also required at padding"),
+    ):
         MODEL(ids)
 
 
